@@ -1,0 +1,152 @@
+"""Step time of each method against plain dense PyTorch, interleaved, and the cost of an update.
+
+`python scripts/bench_step.py [--device cuda] [--repeats 15]`: LeNet-300-100 on MNIST-shaped random
+images, batch 128, density 0.1, SGD with momentum and weight decay, one CPU thread. Each repeat
+times a window of steps of every variant in turn; the ratio to that repeat's dense window is what
+counts, its median is printed. The plain step is nn.Linear, torch.optim.SGD and the same resident
+uint8 data: no masks, no Python of ours. Needs torch alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsetune import data, models, optim, trainer
+from sparsetune.methods.update import lifted_update, update_keys
+from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
+
+BATCH = 128
+# What the project promises; "public" is what other code measured at density 0.1, one thread.
+STEP = {"static": 1.10, "set": 1.10, "dsr": 1.10, "sm": 1.10, "rigl": 1.12, "dst": 1.60}
+UPDATE_MS = {"set": 12.0, "sm": 35.0}
+
+
+def dataset() -> data.Dataset:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (60_000, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (60_000,), generator=generator)
+    return data.Dataset(
+        "random", data.Arrays(images, labels), 10, torch.tensor([0.5]), torch.tensor([0.29]), ""
+    )
+
+
+def plain(source: data.Dataset, device: torch.device) -> Callable[[int], None]:
+    """Dense training as one writes it in PyTorch."""
+    model = models.build(ModelSettings(name="lenet300100"), (1, 28, 28), 10).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    images, labels = (tensor.to(device) for tensor in source.train)
+    mean, deviation = source.mean.to(device), source.deviation.to(device)
+    order = torch.randperm(len(labels), device=device).split(BATCH)
+
+    def window(steps: int) -> None:
+        nn.Module.train(model)
+        for index in order[:steps]:
+            x = data.to_input(images[index], mean, deviation, True)
+            loss = F.cross_entropy(model(x), labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    return window
+
+
+def ours(name: str, source: data.Dataset, device: torch.device) -> Callable[[int], None]:
+    """`trainer.train_epoch` without its validation; updates lie outside the windows."""
+    settings = TrialSettings(
+        method=name, epochs=10**6, model=ModelSettings(name="lenet300100"),
+        update=UpdateSettings(every=10**9) if name in ("set", "sm", "dsr", "rigl") else UpdateSettings(),
+    )
+    settings.data.validation = 0.0
+    setup = trainer.prepare(settings, device, source)
+    state = trainer.begin(setup)
+
+    def window(steps: int) -> None:
+        nonlocal state
+        short = setup._replace(train_index=setup.train_index[: steps * BATCH])
+        state, _ = trainer.train_epoch(short, state)
+
+    return window
+
+
+def update_ms(name: str, source: data.Dataset, device: torch.device, repeats: int) -> list[float]:
+    setup = trainer.prepare(
+        TrialSettings(method=name, model=ModelSettings(name="lenet300100")), device, source
+    )
+    state = trainer.begin(setup)
+    grads: dict[str, Tensor] = {k: torch.randn_like(p) for k, p in state.params.items()}
+    momenta = optim.momentum_of(setup.settings.optimizer, state.moments) | grads
+    progress = torch.tensor(0.3, dtype=torch.float64, device=device)
+    times = []
+    for number in range(repeats):
+        synchronize(device)
+        began = time.perf_counter()
+        lifted_update(
+            setup.method, state.params, state.masks, momenta, grads, state.method, setup.variant,
+            setup.hp, progress, update_keys(state.masks, 0, number),
+        )
+        synchronize(device)
+        times.append(1e3 * (time.perf_counter() - began))
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device, source = torch.device(options.device), dataset()
+    windows = {"plain PyTorch": plain(source, device)}
+    windows |= {name: ours(name, source, device) for name in ("dense", *STEP)}
+    times: dict[str, list[float]] = {name: [] for name in windows}
+    for repeat in range(options.repeats + 1):
+        for name, window in windows.items():
+            synchronize(device)
+            began = time.perf_counter()
+            window(options.steps)
+            synchronize(device)
+            if repeat:  # the first warms up
+                times[name].append((time.perf_counter() - began) / options.steps)
+    base = times["plain PyTorch"]
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    print(f"{hardware}; torch {torch.__version__}; batch {BATCH}, density 0.1, 1 thread")
+    print(f"{options.repeats} repeats of {options.steps} steps, interleaved; median of the ratios")
+    print(f"{'variant':14} {'ms/step':>8} {'ratio':>7} {'range':>13} {'at most':>8}")
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, base, strict=True)]
+        bound = f"{STEP[name]:.2f}" if name in STEP else "-"
+        print(
+            f"{name:14} {1e3 * statistics.median(seconds):8.2f} {statistics.median(ratios):7.2f} "
+            f"{min(ratios):6.2f}-{max(ratios):5.2f} {bound:>8}"
+        )
+    print(f"{'update':14} {'ms':>8} {'best':>7} {'at most':>21}")
+    for name in ("set", "dsr", "sm", "rigl", "gmp"):
+        took = update_ms(name, source, device, 2 * options.repeats)[1:]
+        bound = f"{UPDATE_MS[name]:.0f}" if name in UPDATE_MS else "-"
+        print(f"{name:14} {statistics.median(took):8.1f} {min(took):7.1f} {bound:>21}")
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

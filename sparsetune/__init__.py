@@ -1,0 +1,1 @@
+"""sparsetune: search the hyperparameters of sparse training methods, and compare them fairly."""

@@ -1,0 +1,137 @@
+"""A trial on disk: its `TrialState` and the records of its epochs so far, nothing else.
+
+The rule to know: what is zero wherever a mask is false is stored as (flat index int64, value), so
+that a checkpoint is as sparse as the trial and any backend can go on from it; everything else is
+stored whole. Files hold tensors, numbers and strings only and load with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetune import optim, trainer
+from sparsetune.trainer import Metrics, Setup, TrialState
+
+FORMAT = 1
+NAME = re.compile(r"e(\d{4,})\.pt")
+
+
+def _pack(tensors: dict[str, Tensor], indices: dict[str, Tensor]) -> dict[str, Any]:
+    packed: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if name in indices:
+            values = tensor.flatten()[indices[name]]
+            if int(values.count_nonzero()) == int(tensor.count_nonzero()):
+                packed[name] = {"value": values.cpu()}
+                continue
+        packed[name] = {"whole": tensor.cpu()}
+    return packed
+
+
+def _unpack(
+    packed: dict[str, Any], indices: dict[str, Tensor], setup: Setup
+) -> dict[str, Tensor]:
+    tensors = {}
+    for name, entry in packed.items():
+        if "whole" in entry:
+            tensors[name] = entry["whole"].to(setup.device)
+            continue
+        shape, value = setup.sparse[name], entry["value"]
+        flat = torch.zeros(shape.numel(), dtype=value.dtype)
+        tensors[name] = flat.scatter_(0, indices[name], value).view(shape).to(setup.device)
+    return tensors
+
+
+def encode(state: TrialState, records: list[Metrics]) -> dict[str, Any]:
+    """What a checkpoint file holds: nested dicts of tensors, numbers and strings."""
+    indices = {name: mask.flatten().nonzero().squeeze(1) for name, mask in state.masks.items()}
+    return {
+        "format": FORMAT,
+        "index": {name: index.cpu() for name, index in indices.items()},
+        "ever": {k: m.flatten().nonzero().squeeze(1).cpu() for k, m in state.ever.items()},
+        "params": _pack(state.params, indices),
+        "first": _pack(state.moments.first, indices),
+        "second": _pack(state.moments.second, indices),
+        "buffers": {name: tensor.cpu() for name, tensor in state.buffers.items()},
+        "method": {k: t.cpu() for k, t in state.method._asdict().items()} if state.method else {},
+        "counts": {k: getattr(state, k) for k in ("epoch", "step", "updates", "flops", "diverged")},
+        "records": records,
+    }
+
+
+def decode(setup: Setup, saved: dict[str, Any]) -> tuple[TrialState, list[Metrics]]:
+    """The state and records that `encode` was given, on the setup's device."""
+    if saved["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint format {saved['format']}; this version of sparsetune reads {FORMAT}"
+        )
+
+    def mask(name: str, index: Tensor) -> Tensor:
+        flat = torch.zeros(setup.sparse[name].numel(), dtype=torch.bool)
+        flat[index] = True
+        return flat.view(setup.sparse[name]).to(setup.device)
+
+    index = saved["index"]
+    method_state = trainer.begin(setup).method
+    if method_state:
+        values = {name: tensor.to(setup.device) for name, tensor in saved["method"].items()}
+        method_state = method_state._replace(**values)
+    state = TrialState(
+        params=_unpack(saved["params"], index, setup),
+        buffers={name: tensor.to(setup.device) for name, tensor in saved["buffers"].items()},
+        moments=optim.Moments(
+            _unpack(saved["first"], index, setup), _unpack(saved["second"], index, setup)
+        ),
+        masks={name: mask(name, at) for name, at in index.items()},
+        ever={name: mask(name, at) for name, at in saved["ever"].items()},
+        method=method_state,
+        **saved["counts"],
+    )
+    return state, saved["records"]
+
+
+def save(folder: Path, state: TrialState, records: list[Metrics]) -> Path:
+    """Writes `e0008.pt` into the trial's folder: whole or not at all, then drops older ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"e{state.epoch:04d}.pt"
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            torch.save(encode(state, records), file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    for older in saved_epochs(folder):
+        if older < state.epoch:
+            (folder / f"e{older:04d}.pt").unlink(missing_ok=True)
+    return path
+
+
+def saved_epochs(folder: Path) -> list[int]:
+    """Epochs of which the trial's folder holds a checkpoint, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (NAME.fullmatch(entry.name) for entry in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The dict of a checkpoint file, on the CPU."""
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return saved
+
+
+def restore(setup: Setup, folder: Path) -> tuple[TrialState, list[Metrics]]:
+    """The newest checkpoint in the trial's folder, or the beginning and no records."""
+    epochs = saved_epochs(folder)
+    if not epochs:
+        return trainer.begin(setup), []
+    return decode(setup, load(folder / f"e{epochs[-1]:04d}.pt"))

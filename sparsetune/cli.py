@@ -1,0 +1,221 @@
+"""The command line. Each command is one call into the module of its name.
+
+The rule to know: what the user got wrong ends with exit status 2 and one message, before anything
+is written or started; everything else that goes wrong is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+WORDS = click.argument("words", nargs=-1, type=click.UNPROCESSED)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the program with status 2 where the code within finds fault with what the user gave."""
+    from sparsetune.search.lock import SweepHeld
+
+    try:
+        yield
+    except (ValueError, SweepHeld) as error:
+        click.echo(f"sparsetune: {error}", err=True)
+        sys.exit(2)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sparsetune")
+def main() -> None:
+    """Search the hyperparameters of sparse training methods, and compare the methods fairly.
+
+    Settings follow a command as key=value words: `sparsetune sweep set density=0.05 name=first`.
+    """
+
+
+@main.command()
+@WORDS
+def train(words: tuple[str, ...]) -> None:
+    """Train one setting of SPACE: no search, no Ray.
+
+    \b
+    sparsetune train SPACE [start=paper|seed-text] [key=value ...]
+    """
+    _launch(words, "train", dry_run=False)
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Print settings and first trials; start nothing.")
+@WORDS
+def sweep(words: tuple[str, ...], dry_run: bool) -> None:
+    """Search the settings of one or several SPACEs in one sweep.
+
+    \b
+    sparsetune sweep SPACE [SPACE ...] [density=0.02,0.05] name=NAME [key=value ...]
+    """
+    _launch(words, "sweep", dry_run)
+
+
+def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run: bool) -> None:
+    from sparsetune import member, sweep
+
+    spaces = [word for word in words if "=" not in word and word[:1] not in "+~"]
+    with ExitStack() as stack:
+        with user_errors():
+            resolved = member.resolve(spaces, [w for w in words if w not in spaces], command)
+            if dry_run:
+                click.echo(_preview(resolved))
+                return
+            if command == "sweep":
+                click.echo(f"Early stopping: {resolved.scheduling.reason}.", err=True)
+            folder = sweep.create(resolved, command)
+            members = stack.enter_context(sweep.opened(folder))
+        sys.exit(sweep.run(folder, members))
+
+
+def _preview(resolved: Any) -> str:
+    """The settings of each member as yaml, and the trials that would come first."""
+    import optuna
+    import yaml
+
+    from sparsetune.settings import to_dict
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    lines = []
+    for member in resolved.members:
+        lines += [f"# {member.name}", yaml.safe_dump(to_dict(member.settings), sort_keys=False)]
+        for number, point in enumerate(member.start_points[: member.settings.trials]):
+            lines.append(f"# trial {number}, start point {point.name}: {point.params | point.fixed}")
+        begun = len(member.start_points)
+        study = optuna.create_study(directions=member.directions, sampler=member.make_sampler(0))
+        for number in range(begun, min(begun + 3, member.settings.trials)):
+            lines.append(f"# trial {number}, such as: {member.ask(study.ask())}")
+        lines.append("")
+    return "\n".join([*lines, f"# Early stopping: {resolved.scheduling.reason}.", "# Dry run: nothing was started."])
+
+
+def _named(words: tuple[str, ...], allowed: set[str]) -> dict[str, Any]:
+    """{name, storage, ...} from a name and key=value words."""
+    from sparsetune import config
+
+    names = [word for word in words if "=" not in word]
+    given = config.parse_words([word for word in words if "=" in word])
+    for key in given:
+        if key not in allowed | {"name", "storage"}:
+            raise ValueError(f"{key}: not a key of this command; allowed: {', '.join(sorted(allowed | {'name', 'storage'}))}")
+    if len(names) > 1:
+        raise ValueError(f"name: give one, not {len(names)}: {' '.join(names)}")
+    if names:
+        given["name"] = names[0]
+    settings = config.build({key: value for key, value in given.items() if key != "name"})
+    return given | {"storage": Path(settings.storage)}
+
+
+@main.command()
+@WORDS
+def resume(words: tuple[str, ...]) -> None:
+    """Go on with a sweep, or extend it.
+
+    \b
+    sparsetune resume NAME [trials=N] [storage=FOLDER]
+    """
+    from sparsetune import status, sweep
+
+    with ExitStack() as stack:
+        with user_errors():
+            given = _named(words, {"trials"})
+            if "name" not in given:
+                known = ", ".join(status.sweeps(given["storage"])) or "none"
+                raise ValueError(f"resume: give the name of a sweep; there are: {known}")
+            folder = given["storage"] / given["name"].partition("/")[0]
+            status.member_folders(given["storage"], folder.name)
+            members = stack.enter_context(sweep.opened(folder, given.get("trials")))
+        sys.exit(sweep.run(folder, members))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@WORDS
+def status(words: tuple[str, ...], as_json: bool) -> None:
+    """What a sweep has done so far; without NAME, all sweeps.
+
+    \b
+    sparsetune status [NAME] [--json] [storage=FOLDER]
+    """
+    from sparsetune import status as state
+
+    with user_errors():
+        given = _named(words, set())
+        if "name" in given:
+            folders = state.member_folders(given["storage"], given["name"])
+            result = state.sweep_status(folders)
+        else:
+            result = state.all_status(given["storage"])
+    if as_json:
+        click.echo(json.dumps(_finite(result), indent=2))
+        return
+    sweeps = result.get("sweeps", [result])
+    if not sweeps:
+        click.echo(f"No sweeps in {given['storage']}.")
+    for each in sweeps:
+        if "error" in each:
+            click.echo(f"{each['name']}: {each['error']}", err=True)
+        else:
+            state.print_members(each.get("members", [each]))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not -1e308 < value < 1e308 else value
+
+
+@main.command()
+def methods() -> None:
+    """The sparse training methods, their variants and hyperparameters."""
+    from sparsetune.methods import METHODS
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("method", "key", "allowed", "default", "paper or meaning"):
+        table.add_column(heading, overflow="fold")
+    for method in METHODS.values():
+        table.add_row(f"[bold]{method.name}[/bold]", "", "", "", method.paper)
+        for field in dataclasses.fields(method.Variant):
+            allowed = " | ".join(field.metadata["allowed"])
+            table.add_row("", f"variant.{field.name}", allowed, str(field.default), "")
+        for field in dataclasses.fields(method.Hyperparameters):
+            bounds = field.metadata
+            span = f"{bounds['low']:g} to {bounds['high']:g}"
+            table.add_row("", f"hp.{field.name}", span, f"{field.default:g}", bounds["meaning"])
+    Console().print(table)
+
+
+@main.command()
+def spaces() -> None:
+    """The search spaces that come with sparsetune: what each fixes and searches."""
+    from sparsetune import space
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("space", "method", "searched", "start points"):
+        table.add_column(heading, overflow="fold")
+    for name in space.names():
+        loaded = space.load(name)
+        table.add_row(name, loaded.method, " ".join(loaded.search), " ".join(loaded.start))
+    Console().print(table)
+    click.echo(f"\nFiles: {Path(space.load(space.names()[0]).file).parent}")
+
+
+if __name__ == "__main__":
+    main()

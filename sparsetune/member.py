@@ -1,0 +1,430 @@
+"""Members of a sweep: one search space at one density, resolved from a command line.
+
+The rule to know: `resolve` finds everything a user got wrong, with the data at hand and the network
+on the meta device, and writes nothing. What a member is fits into its journal's header, so a sweep
+goes on without the yaml files it began with. Over 350 lines: a third of them are the checks and
+their sentences, which belong beside what they check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import optuna
+import torch
+
+from sparsetune import config, data, models, space
+from sparsetune.config import DIRECTIONS, SweepSettings
+from sparsetune.imports import suggestion
+from sparsetune.methods import METHODS, Method
+from sparsetune.methods.contract import make_hyperparameters, make_variant
+from sparsetune.search.journal import Journal
+from sparsetune.search.study import SearchMember, StartPoint
+from sparsetune.settings import TrialSettings, to_dict
+from sparsetune.space import Space
+from sparsetune.trainer import choose_device, layers_of, update_schedule
+
+Command = Literal["train", "sweep"]
+DENSITY = "constraint.density/all"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One search of a sweep. `density` is what its name says; None where the name has none."""
+
+    name: str  # "mnist/set@0.05"
+    space: Space
+    settings: SweepSettings
+    density: float | None
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.settings.method]
+
+    @property
+    def objectives(self) -> list[str]:
+        return config.objectives(self.settings)
+
+    @property
+    def directions(self) -> list[Literal["maximize", "minimize"]]:
+        return [DIRECTIONS[name] for name in self.objectives]
+
+    @property
+    def start_points(self) -> list[StartPoint]:
+        return [StartPoint(*point) for point in self.space.points()]
+
+    def ask(self, trial: optuna.trial.Trial) -> dict[str, Any]:
+        return self.space.suggest(trial)
+
+    def make_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        """A fresh sampler. None gets a constraints_func: `MemberSearch` sets constraints itself."""
+        name, startup = self.settings.sampler.name, self.settings.sampler.startup
+        if name == "random":
+            return optuna.samplers.RandomSampler(seed)
+        if name == "gp":
+            return optuna.samplers.GPSampler(
+                seed=seed, n_startup_trials=startup, warn_independent_sampling=False
+            )
+        if name == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed)
+        return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, constant_liar=True)
+
+    def trial_settings(self, params: Mapping[str, Any], fixed: Mapping[str, Any]) -> TrialSettings:
+        """A trial's settings: the member's, with what is searched and what the trial fixes.
+
+        The seed is the sweep's for all trials: they share the split, the batches and the start.
+        """
+        base = to_dict(self.settings)
+        names = [f.name for f in dataclasses.fields(TrialSettings)]
+        nested = config.flatten({name: base[name] for name in names})
+        return config.trial_settings({**nested, **params, **fixed})
+
+    def configure(
+        self, params: Mapping[str, Any], fixed: Mapping[str, Any], number: int
+    ) -> dict[str, Any]:
+        return to_dict(self.trial_settings(params, fixed))
+
+    def constraint(self, metrics: Mapping[str, float]) -> float:
+        """How far the bounds are passed, in sum; 0 without any, NaN where a metric is missing."""
+        over = [
+            metrics.get(name, math.nan) - bound for name, bound in self.settings.constraint.items()
+        ]
+        return sum((0.0 if each <= 0 else each for each in over), 0.0)
+
+    def search_member(self, journal: Journal) -> SearchMember:
+        """What the searcher needs to know of this member."""
+        return SearchMember(
+            name=self.name,
+            journal=journal,
+            ask=self.ask,
+            start_points=self.start_points,
+            make_sampler=self.make_sampler,
+            configure=self.configure,
+            objectives=self.objectives,
+            directions=self.directions,
+            constraint=self.constraint if self.settings.constraint else None,
+        )
+
+    def run_name(self, params: Mapping[str, Any], number: int) -> str:
+        """Readable, such as set-d0.05-zeta0.31-s0; not unique, which W&B does not ask for.
+
+        `params` are dotted keys; a trial's own fixed ones may be among them.
+        """
+        own = {key: value for key, value in params.items() if key.startswith("hp.")}
+        if not own:  # a control: its trials differ in what all methods share
+            own = {key: params[key] for key in ("optimizer.lr",) if key in params}
+        density = params.get("density", self.density)
+        parts = [self.space.name, *([] if density is None else [f"d{density:.3g}"])]
+        parts += [f"{key.rpartition('.')[2]}{value:.2g}" for key, value in own.items()]
+        return "-".join([*parts, f"s{self.settings.seed}"])
+
+    def to_header(self) -> dict[str, Any]:
+        """For the journal's first event; `from_header` makes the same member of it."""
+        return {
+            "member": self.name,
+            "density": self.density,
+            "space": self.space.to_dict(),
+            "settings": to_dict(self.settings),
+        }
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> Self:
+        settings = config.build(config.flatten(header["settings"]))
+        return cls(header["member"], Space.from_dict(header["space"]), settings, header["density"])
+
+
+class Scheduling(NamedTuple):
+    name: str  # asha | none
+    grace: int  # epochs
+    reduction: float
+    reason: str  # one sentence
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    storage: Path
+    members: list[Member]
+
+    @property
+    def settings(self) -> SweepSettings:
+        """Of the first member: all that is no matter of one member is the same in each."""
+        return self.members[0].settings
+
+    @property
+    def scheduling(self) -> Scheduling:
+        """Early stopping, the same for all members, or the comparison would not be fair."""
+        chosen = self.settings.scheduler
+        name, reason = chosen.name, f"scheduler.name={chosen.name} was asked for"
+        if name == "auto":
+            why = self._against_asha()
+            name = "none" if why else "asha"
+            reason = f"no early stopping, because {why}" if why else "ASHA, the default"
+        grace = chosen.grace or config.quarter_of(self.settings.epochs)
+        return Scheduling(name, grace, chosen.reduction, reason)
+
+    def _against_asha(self) -> str:
+        for member in self.members:
+            if member.method.begins == "dense":
+                return (
+                    f"{member.space.name} begins dense, and early accuracy would favour the trials "
+                    "that are slow to become sparse"
+                )
+        for member in self.members:
+            if member.settings.constraint:
+                return f"{member.name} has a constraint, which early epochs cannot judge"
+        if len(config.objectives(self.settings)) > 1:
+            return "several objectives have no single order"
+        return ""
+
+
+# From words to a sweep ----------------------------------------------------------------------------
+
+
+def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep:
+    """The sweep that a command line asks for. ValueError, one clear message, for what is wrong."""
+    given = config.parse_words(words)
+    spaces = [space.load(spec) for spec in space_specs]
+    _check_stems(spaces)
+    start, densities = given.pop("start", None), given.pop("density", [])
+    if command == "train":
+        spaces = [_only_point(spaces, given, start, densities)]
+        given = _train_defaults(spaces[0], given) | given
+    elif start is not None:
+        raise ValueError("start: belongs to train; a sweep tries all start points first")
+    common = {k: v for k, v in given.items() if not k.startswith(("search.", "hp.", "variant."))}
+    spaces = _overridden(spaces, given, common)
+    name, storage = common.get("name", ""), config.build(common).storage
+    _check_place(name, storage)
+    members = [each for one in spaces for each in _members(one, common, densities)]
+    _check_members(members)
+    return Sweep(name, Path(storage), members)
+
+
+def _check_stems(spaces: list[Space]) -> None:
+    if not spaces:
+        raise ValueError(f"no search space given; there are: {', '.join(space.names())}")
+    files: dict[str, str] = {}
+    for one in spaces:
+        if one.name in files:
+            raise ValueError(
+                f"'{one.name}' is given twice ({files[one.name]}, {one.file}); members are named "
+                "by the file, so leave one out or rename it"
+            )
+        if not config.NAME.fullmatch(one.name):
+            raise ValueError(
+                f"{one.file}: members are named by the file; use letters, digits, '.', '_' and '-'"
+            )
+        files[one.name] = one.file
+
+
+def _only_point(
+    spaces: list[Space], given: Mapping[str, Any], start: str | None, densities: list[float]
+) -> Space:
+    """The space with the start point to train, or with an empty one: its settings alone."""
+    if len(spaces) > 1:
+        raise ValueError("train takes one search space; to train several use sweep")
+    if len(densities) > 1:
+        raise ValueError("density: train takes one; for several use sweep")
+    for key in given:
+        if key == "trials" or key.startswith("search."):
+            raise ValueError(f"{key}: train trains one setting; for a search use sweep")
+    one = spaces[0]
+    if start is None:
+        start = "paper" if "paper" in one.start else ""
+    elif start not in one.start:
+        raise ValueError(
+            f"start: '{start}' is no start point of {one.file}{suggestion(start, one.start)}; "
+            f"it has: {', '.join(one.start) or 'none'}"
+        )
+    return dataclasses.replace(one, start={start or "settings": one.start.get(start, {})})
+
+
+def _train_defaults(one: Space, given: Mapping[str, Any]) -> dict[str, Any]:
+    storage = Path(config.build({k: v for k, v in given.items() if k == "storage"}).storage)
+    stem = f"train-{one.name}"
+    number = next(n for n in itertools.count(1) if not (storage / f"{stem}-{n}").exists())
+    defaults = {"name": f"{stem}-{number}", "trials": 1, "scheduler.name": "none"}
+    # Training on everything measures no accuracy, and nothing is chosen by it either.
+    if given.get("data.validation", one.fixed.get("data.validation")) == 0:
+        defaults["objective"] = "train/loss"
+    return defaults
+
+
+def _overridden(
+    spaces: list[Space], given: Mapping[str, Any], common: Mapping[str, Any]
+) -> list[Space]:
+    """The spaces with the command line's ranges and fixed keys, each where it applies."""
+    ranges = _ranges(given)
+    own = {k: v for k, v in given.items() if k.startswith(("hp.", "variant."))}
+    for key in (*ranges, *own):
+        if not any(one.dotted(key) for one in spaces):
+            _refuse(spaces, key, f"search.{key}" if key in ranges else key)
+    trial = {k: v for k, v in common.items() if config.is_trial_key(k)}
+    method = trial.pop("method", None)
+    overridden = []
+    for one in spaces:
+        if method not in (None, one.method):
+            raise ValueError(
+                f"method: {one.file} searches {one.method}; for {method} give a space of that "
+                "method"
+            )
+        fixed = trial | {k: v for k, v in own.items() if one.dotted(k)}
+        # A range is changed where it is searched; where none of the spaces has it, it is new.
+        changed = {
+            key: words
+            for key, words in ranges.items()
+            if one.dotted(key) in one.search
+            or (one.dotted(key) and not any(each.dotted(key) in each.search for each in spaces))
+        }
+        for key in changed:
+            if one.dotted(key) in fixed:
+                raise ValueError(f"search.{key}: {one.dotted(key)} is given, too; leave one out")
+        overridden.append(one.fix(fixed).search_also(changed))
+    return overridden
+
+
+def _ranges(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{key as written: {word: value}} of search.KEY.WORD."""
+    ranges: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        if not key.startswith("search."):
+            continue
+        searched, _, word = key.removeprefix("search.").rpartition(".")
+        if not searched or word not in space.WORDS or word == "when":
+            raise ValueError(
+                f"{key}: write search.KEY.low, .high, .log, .step or .choices, such as "
+                "search.zeta.low=0.1"
+            )
+        ranges.setdefault(searched, {})[word] = value
+    return ranges
+
+
+def _refuse(spaces: list[Space], key: str, place: str) -> None:
+    own = dict.fromkeys(name for one in spaces for name in one.own_keys())
+    short = {name.rpartition(".")[2]: name for name in own}
+    near = suggestion(key, own) or suggestion(key.rpartition(".")[2], short)
+    methods = ", ".join(dict.fromkeys(one.method for one in spaces))
+    raise ValueError(
+        f"{place}: '{key}' is no hyperparameter of {methods}{near}{'' if near else ';'} "
+        f"there are: {', '.join(own) or 'none'}"
+    )
+
+
+def _members(one: Space, common: Mapping[str, Any], densities: list[float]) -> list[Member]:
+    method = METHODS[one.method]
+    bounds = {k: v for k, v in common.items() if k.startswith("constraint.")}
+    key, values = "density", list(densities)
+    if one.fixed.get("model.match_density"):
+        key = "model.match_density"
+        values = values or [one.fixed[key]]
+    elif method.emergent:
+        key = DENSITY
+        one, values = _emergent(one, common, values)
+    elif not method.reaches_density:
+        values = []
+    elif key not in one.search:
+        values = values or [one.fixed.get(key, TrialSettings().density)]
+    members = []
+    named: list[float | None] = [*values] or [None]
+    for density in named:
+        fixed = {} if density is None else {key: density}
+        # Emergent density has no setting; the one asked for is recorded where others have theirs.
+        fixed |= {"density": density} if fixed and key == DENSITY else {}
+        own = one.fix(fixed)
+        settings = config.build({**common, **own.fixed, **bounds, "method": one.method})
+        name = f"{common.get('name', '')}/{one.name}"
+        members.append(
+            Member(name if density is None else f"{name}@{density:g}", own, settings, density)
+        )
+    return members
+
+
+def _emergent(
+    one: Space, common: Mapping[str, Any], densities: list[float]
+) -> tuple[Space, list[float]]:
+    """Density as a constraint: the user's, else as asked for, else the space's own."""
+    if DENSITY in common:
+        return one, [common[DENSITY]]
+    objective = common.get("objective", "")
+    if densities or DENSITY not in one.fixed:
+        return one, densities
+    if "density/all" in (objective if isinstance(objective, list) else [objective]):
+        # Where the density is searched for, the file's bound would only cut the front off.
+        fixed = {key: value for key, value in one.fixed.items() if key != DENSITY}
+        return dataclasses.replace(one, fixed=fixed), []
+    return one, [one.fixed[DENSITY]]
+
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def _check_place(name: str, storage: str) -> None:
+    if not name:
+        raise ValueError("name: a sweep needs one; write name=NAME, such as name=mnist-1")
+    config.check_name(name)
+    if "://" in storage:
+        raise ValueError(f"storage: '{storage}' is no folder; only folders hold sweeps so far")
+    folder = Path(storage) / name
+    if folder.exists():
+        where = "" if storage == "./sweeps" else f" storage={storage}"
+        raise ValueError(
+            f"name: '{name}' exists already in {storage}; go on with `sparsetune resume "
+            f"{name}{where}`, or take another name"
+        )
+    above = next(each for each in folder.absolute().parents if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "cannot be written to" if above.is_dir() else "is no folder"
+        raise ValueError(f"storage: {above} {what}; give storage=FOLDER, or set SPARSETUNE_STORAGE")
+
+
+def _check_members(members: list[Member]) -> None:
+    datasets: dict[str, data.Dataset] = {}
+    for member in members:
+        settings = member.settings
+        try:
+            config.check(settings)
+            if not settings.ray.address:
+                choose_device(settings.device)
+            data.check(settings.data)
+            models.check(settings.model)
+            dataset = datasets.get(repr(settings.data)) or data.load(settings.data)
+            datasets[repr(settings.data)] = dataset
+            for params, fixed in _corners(member):
+                _check_trial(member.trial_settings(params, fixed), dataset)
+        except ValueError as error:
+            raise ValueError(f"{error} [{member.name}]") from error
+        if settings.epochs != members[0].settings.epochs:
+            raise ValueError(
+                f"epochs: {settings.epochs} in {member.name} and {members[0].settings.epochs} in "
+                f"{members[0].name}; a sweep has one number, write epochs=N"
+            )
+
+
+def _corners(member: Member) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings between which all trials lie, as far as a network can refuse them."""
+    yield {}, {}
+    for _, params, fixed, _ in member.space.points():
+        yield params, fixed
+    for key, dimension in member.space.search.items():
+        if key == "density" or key.startswith("model."):
+            for value in dimension.extremes():
+                yield {key: value}, {}
+
+
+def _check_trial(settings: TrialSettings, dataset: data.Dataset) -> None:
+    method = METHODS[settings.method]
+    make_variant(method, settings.variant)
+    make_hyperparameters(method, settings.hp)
+    update_schedule(method, settings)
+    with torch.device("meta"):
+        model = models.build(settings.model, dataset.input_shape, dataset.num_classes)
+    layers_of(settings, method, models.weights(model))
+    data.split(len(dataset.train.labels), settings.data.validation, settings.seed)

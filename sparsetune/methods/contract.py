@@ -1,0 +1,224 @@
+"""What a method is: decisions as pure functions over the active weights of one model.
+
+The rule to know: a method says what to drop and how many to grow in each layer; growing belongs
+to the backend (`update.py` for dense tensors). So one text of a rule runs on dense tensors, under
+`torch.vmap` for many trials, and on the values of a truly sparse layer. Inside these functions
+there is no `.item()`, no branch on a tensor, no boolean indexing and no random call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Layers = dict[str, Tensor]  # one tensor for each sparse layer, in the order of the network
+Shapes = dict[str, torch.Size]
+Noise = Callable[[str, int], Tensor]  # (layer, how many) -> uniform float64 in [0, 1)
+
+
+class Active(NamedTuple):
+    """One layer, flat. Dense: all N positions, `valid` is the mask. Sparse: values only, all valid.
+
+    `momentum` is the SGD buffer, or m / (sqrt(v) + eps) under AdamW; `gradient` is the last
+    batch's. At positions that are not valid both hold what `dense_gradient` promises.
+    """
+
+    value: Tensor
+    momentum: Tensor
+    gradient: Tensor
+    valid: Tensor
+
+
+class Growth(NamedTuple):
+    """How a backend grows: the absent positions with the largest score."""
+
+    score: str  # random | gradient | momentum
+    regrow_dropped: bool  # False: positions dropped in this update come last
+    new_value: str  # zero | normal | keep (a dropped and regrown weight keeps its value)
+
+
+@dataclass(frozen=True)
+class UpdateSchedule:
+    """When the topology is updated. Shares are of all steps of the training.
+
+    After the last step nothing is updated, except by a method that closes (`Method.closes`):
+    such a method always updates at `stop`, so that it ends at its density.
+    """
+
+    every: str | int = "epoch"
+    first: float = 0.0
+    stop: float = 1.0
+    doublings: tuple[float, ...] = ()
+
+    def interval(self, step: int, num_steps: int, steps_per_epoch: int) -> int:
+        """Steps between updates at `step`."""
+        every = steps_per_epoch if self.every == "epoch" else int(self.every)
+        return every << sum(step >= share * num_steps for share in self.doublings)
+
+    def is_due(self, step: int, num_steps: int, steps_per_epoch: int, closes: bool = False) -> bool:
+        """Is the topology updated after optimizer step `step` (1 .. num_steps)?"""
+        stop = int(self.stop * num_steps)
+        if closes and step == max(stop, 1):
+            return True
+        if step < max(1, self.first * num_steps) or step > stop or step == num_steps:
+            return False
+        return step % self.interval(step, num_steps, steps_per_epoch) == 0
+
+    def progress(self, step: int, num_steps: int) -> float:
+        """Share done of the time in which the topology changes: 0 at the start, 1 at `stop`."""
+        return min(1.0, step / max(1.0, self.stop * num_steps))
+
+
+def _unchanged(params: Layers, masks: Layers, state: Any, hp: Any, variant: Any) -> Layers:
+    return params
+
+
+def _no_state(*_: Any) -> tuple[Any, Layers]:
+    return (), {}
+
+
+@dataclass(frozen=True)
+class NoChoices:
+    """The variant of a method that has none."""
+
+
+class Method(NamedTuple):
+    """A sparse training method. Only the first three fields have no default."""
+
+    name: str
+    paper: str
+    begins: str
+    """sparse | dense. What begins dense has all masks true at the start, and its density emerges
+    (dense, DST) or is reached by `closes` (GMP)."""
+
+    Variant: type = NoChoices
+    """Frozen dataclass of `choice` fields: equal for all slots of a pool."""
+
+    Hyperparameters: type = NoChoices
+    """Frozen dataclass of `number` fields: one value per trial, float64 0-d tensors inside."""
+
+    dense_gradient: Callable[[Any], str] = lambda variant: "never"
+    """variant -> never | at_update | always: when gradients of absent weights are needed. Unless
+    always, the momenta of absent weights are zero in every backend."""
+
+    needs: Callable[[Any], frozenset[str]] = lambda variant: frozenset()
+    """variant -> which of {"momentum", "gradient"} `decide` and `growth` read."""
+
+    growth: Callable[[Any], Growth | None] = lambda variant: None
+
+    init: Callable[..., tuple[Any, Layers]] = _no_state
+    """(values{layer: Active}, shapes, targets{layer: count}, hp, noise, variant) -> state, extra
+    parameters. `targets` are the counts of active weights that the density asks for."""
+
+    decide: Callable[..., tuple[Layers, Layers, Any]] | None = None
+    """(active{layer: Active}, shapes, state, hp, progress, variant) -> keep{layer: bool},
+    grow{layer: float64 count}, state."""
+
+    sparsify: Callable[..., Layers] = _unchanged
+    """(params, masks, state, hp, variant) -> params of the forward pass; differentiable."""
+
+    penalty: Callable[..., Tensor] | None = None
+    """(params, state, hp, variant) -> term added to the loss."""
+
+    after_step: Callable[..., tuple[Layers, Layers, Layers]] | None = None
+    """(params, masks, state, hp, variant) -> changed params, masks, and where{param: bool} the
+    backend resets the optimizer's moments (whichever the optimizer has)."""
+
+    metrics: Callable[..., Layers] = lambda params, state, hp: {}
+    """(params, state, hp) -> scalars worth seeing."""
+
+    decays: Callable[[str, Any], bool] = lambda name, variant: True
+    """(parameter name, variant) -> does weight decay apply to it?"""
+
+    schedule: UpdateSchedule = UpdateSchedule()
+    emergent: bool = False
+    """Density is a result of training: compared at the density reached, never stopped early."""
+
+    @property
+    def closes(self) -> bool:
+        """Ends at a density it did not begin with, so it must update at the schedule's stop."""
+        return self.begins == "dense" and self.decide is not None
+
+    @property
+    def reaches_density(self) -> bool:
+        """Does the trial's density fix the number of weights at the end?"""
+        return self.begins == "sparse" or self.closes
+
+
+def choice(*allowed: str) -> Any:
+    """A field of a Variant: one of these words, the first is the default."""
+    return dataclasses.field(default=allowed[0], metadata={"allowed": allowed})
+
+
+def number(default: float, low: float, high: float, meaning: str) -> Any:
+    """A field of Hyperparameters: a number from `low` to `high`, both included."""
+    return dataclasses.field(
+        default=default, metadata={"low": low, "high": high, "meaning": meaning}
+    )
+
+
+Class = TypeVar("Class", bound=type)
+
+
+def hyperparameters(cls: Class) -> Class:
+    """Frozen dataclass that `torch.vmap` takes apart, so that one call serves many settings."""
+    frozen = dataclass(frozen=True)(cls)
+    torch.export.register_dataclass(frozen)
+    return frozen
+
+
+def _field(method: Method, kind: str, name: str) -> dataclasses.Field[Any]:
+    cls = method.Variant if kind == "variant" else method.Hyperparameters
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if name not in fields:
+        close = get_close_matches(name, fields, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise ValueError(
+            f"{kind}.{name}: method '{method.name}' has no '{name}'; {hint}"
+            f"it has: {', '.join(fields) or 'none'}"
+        )
+    return fields[name]
+
+
+def make_variant(method: Method, given: Mapping[str, Any]) -> Any:
+    """The method's Variant from words; ValueError names the key and what is allowed."""
+    words = {}
+    for name, word in given.items():
+        allowed = _field(method, "variant", name).metadata["allowed"]
+        # yaml reads the words on and off as booleans.
+        word = {True: "on", False: "off"}.get(word, word) if isinstance(word, bool) else word
+        if word not in allowed:
+            raise ValueError(f"variant.{name}: '{word}' is not one of: {', '.join(allowed)}")
+        words[name] = word
+    return method.Variant(**words)
+
+
+def check_number(method: Method, name: str, value: Any) -> float:
+    """A hyperparameter's value as float; ValueError where it is no number or out of range."""
+    bounds = _field(method, "hp", name).metadata
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"hp.{name}: '{value}' is no number")
+    if not bounds["low"] <= value <= bounds["high"]:
+        raise ValueError(
+            f"hp.{name}: {value} is out of range for method '{method.name}'; "
+            f"allowed: {bounds['low']:g} to {bounds['high']:g} ({bounds['meaning']})"
+        )
+    return float(value)
+
+
+def make_hyperparameters(
+    method: Method, given: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> Any:
+    """The method's Hyperparameters as float64 0-d tensors, defaults where none is given."""
+    values = {field.name: field.default for field in dataclasses.fields(method.Hyperparameters)}
+    for name, value in given.items():
+        values[name] = check_number(method, name, value)
+    return method.Hyperparameters(
+        **{k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in values.items()}
+    )

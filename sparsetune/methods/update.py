@@ -1,0 +1,203 @@
+"""One topology update on dense tensors: a method's decision, then growth.
+
+The rule to know: this is the reference that every backend's update is tested against, and it
+lifts: `lifted_update` under `torch.vmap` is the update of many trials. `update` is its public form
+on plain dicts, for checking a rule on a worked example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsetune.methods import noise
+from sparsetune.methods.contract import (
+    Active,
+    Growth,
+    Layers,
+    Method,
+    Noise,
+    Shapes,
+    make_hyperparameters,
+    make_variant,
+)
+from sparsetune.methods.distribution import counts
+from sparsetune.methods.ops import lowest
+
+NEW_WEIGHT_DEVIATION = 0.1  # SET's authors' sparse code: randn / 10
+
+
+class Keys(NamedTuple):
+    """Random streams of one layer in one update, int64 0-d tensors."""
+
+    choose: Tensor
+    value: Tensor
+
+
+def update_keys(masks: Layers, seed: int, number: int) -> dict[str, Keys]:
+    """The streams of update `number` of the trial with this seed, for each layer."""
+    return {
+        name: Keys(
+            *(
+                torch.tensor(noise.key(seed, purpose, number, name), device=mask.device)
+                for purpose in ("choose", "value")
+            )
+        )
+        for name, mask in masks.items()
+    }
+
+
+def seeded_noise(seed: int, purpose: str, device: torch.device | str) -> Noise:
+    """Uniform noise per layer, for a method's `init`."""
+    return lambda layer, num: noise.uniform(
+        noise.key(seed, purpose, 0, layer), torch.arange(num, device=device)
+    )
+
+
+def activate(params: Layers, masks: Layers, momenta: Layers, grads: Layers) -> dict[str, Active]:
+    """What a decision may see of each sparse layer, flat."""
+    return {
+        name: Active(*(t.reshape(-1) for t in (params[name], momenta[name], grads[name], mask)))
+        for name, mask in masks.items()
+    }
+
+
+def _score(growth: Growth, layer: Active, keys: Keys) -> Tensor:
+    """[N], largest grows first."""
+    if growth.score == "random":
+        return -noise.uniform(keys.choose, torch.arange(layer.valid.shape[0], device=keys.choose.device))
+    return (layer.gradient if growth.score == "gradient" else layer.momentum).abs()
+
+
+def _grow(growth: Growth, layer: Active, keep: Tensor, num: Tensor, keys: Keys) -> Tensor:
+    """[N] bool: the `num` positions that grow."""
+    score = _score(growth, layer, keys)
+    if growth.regrow_dropped:
+        return lowest(-score, ~keep, num)
+    absent = ~layer.valid
+    first = lowest(-score, absent, num)
+    more = num - torch.minimum(num, absent.sum())
+    return first | lowest(-score, layer.valid & ~keep, more)
+
+
+def lifted_update(
+    method: Method,
+    params: Layers,
+    masks: Layers,
+    momenta: Layers,
+    grads: Layers,
+    state: Any,
+    variant: Any,
+    hp: Any,
+    progress: Tensor,
+    keys: dict[str, Keys],
+) -> tuple[Layers, Layers, dict[str, Tensor], Any]:
+    """(changed params, masks, where{name: bool} moments are to be zero, state).
+
+    Only weights of sparse layers are returned. Nothing passed in is changed.
+    """
+    assert method.decide is not None
+    active = activate(params, masks, momenta, grads)
+    shapes: Shapes = {name: mask.shape for name, mask in masks.items()}
+    keep, grow, state = method.decide(active, shapes, state, hp, progress, variant)
+    growth = method.growth(variant)
+    new_params, new_masks, reset = {}, {}, {}
+    for name, layer in active.items():
+        mask, kept = keep[name], layer.valid & keep[name]
+        value = layer.value.masked_fill(~kept, 0)
+        if growth is not None:
+            grown = _grow(growth, layer, keep[name], grow[name], keys[name])
+            mask = keep[name] | grown
+            if growth.new_value == "normal":
+                drawn = NEW_WEIGHT_DEVIATION * noise.normal_where(keys[name].value, grown)
+                value = torch.where(grown, drawn.to(value.dtype), value)
+            elif growth.new_value == "keep":
+                value = torch.where(grown & layer.valid, layer.value, value)
+        shape = shapes[name]
+        new_params[name], new_masks[name] = value.view(shape), mask.view(shape)
+        # A dense gradient at every step fills the moments of absent weights, on purpose.
+        if method.dense_gradient(variant) != "always":
+            reset[name] = ~kept.view(shape)
+    return new_params, new_masks, reset, state
+
+
+def _check_given(method: Method, variant: Any, momenta: Any, grads: Any) -> None:
+    given = {"momentum": momenta, "gradient": grads}
+    argument = {"momentum": "momenta", "gradient": "grads"}
+    for need in sorted(method.needs(variant)):
+        if given[need] is None:
+            raise ValueError(
+                f"{argument[need]}: method '{method.name}' with this variant reads the {need}; "
+                f"give {argument[need]}={{layer: tensor}}"
+            )
+
+
+def update(
+    method: Method,
+    params: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor] | None = None,
+    grads: Mapping[str, Tensor] | None = None,
+    state: Any = None,
+    variant: Mapping[str, Any] | None = None,
+    hp: Mapping[str, float] | None = None,
+    progress: float = 0.0,
+    number: int = 0,
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor] | None, Any]:
+    """One topology update of `method`: (params, masks, momenta, state), nothing changed in place.
+
+    `params` and `momenta` are tensors of any float dtype by name, `masks` (bool, or 0 and 1) names
+    the sparse layers, `grads` are the last batch's. Momenta and gradients are asked for only where
+    the rule reads them (ValueError names which). `state=None` makes a fresh one from the masks as
+    they are. `hp` and `variant` hold what departs from the method's defaults; for a method that
+    begins dense, `hp` may hold `density`, the uniform density of each layer that it prunes to.
+    `progress` is the share of the time in which the topology changes; `number` and `seed` key the
+    random numbers. For DST: `masks` of params["<weight>.threshold"], after the collapse guard.
+    """
+    numbers = dict(hp or {})
+    density = float(numbers.pop("density", 1.0))
+    choices = make_variant(method, variant or {})
+    _check_given(method, choices, momenta, grads)
+    device = next(iter(params.values())).device
+    settings = make_hyperparameters(method, numbers, device)
+    new_params, new_masks = dict(params), {k: m.to(torch.bool) for k, m in masks.items()}
+    shapes: Shapes = {name: mask.shape for name, mask in new_masks.items()}
+    zeros = {name: torch.zeros_like(params[name]) for name in new_masks}
+
+    if state is None:
+        values = activate(new_params, new_masks, zeros, zeros)
+        targets = {k: mask.sum().to(torch.float64) for k, mask in new_masks.items()}
+        if method.closes:
+            size = sum(shape.numel() for shape in shapes.values())
+            fair = counts(shapes, round(density * size), "uniform")
+            targets = {k: torch.tensor(float(num)).to(targets[k]) for k, num in fair.items()}
+        state, extra = method.init(
+            values, shapes, targets, settings, seeded_noise(seed, "init", device), choices
+        )
+        new_params = extra | new_params
+
+    if method.decide is not None:
+        changed, new_masks, reset, state = lifted_update(
+            method, new_params, new_masks, {**zeros, **(momenta or {})}, {**zeros, **(grads or {})},
+            state, choices, settings, torch.tensor(progress, dtype=torch.float64, device=device),
+            update_keys(new_masks, seed, number),
+        )
+        new_params |= changed
+    elif method.after_step is not None:
+        changed, new_masks, reset = method.after_step(
+            new_params, new_masks, state, settings, choices
+        )
+        new_params |= changed
+    else:
+        reset = {}
+    new_momenta = None
+    if momenta is not None:
+        new_momenta = {
+            name: moment.masked_fill(reset[name], 0) if name in reset else moment
+            for name, moment in momenta.items()
+        }
+    return new_params, new_masks, new_momenta, state

@@ -1,0 +1,105 @@
+"""SGD and AdamW on dicts of tensors, in place, with the arithmetic of torch.optim.
+
+The rule to know: an optimizer's moments are ordinary tensors of the trial's state. Topology
+updates clear them, checkpoints hold them and the engine stacks them, which the objects of
+torch.optim (tested equal to these) would hide.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsetune.settings import OptimizerSettings, ScheduleSettings
+
+
+class Moments(NamedTuple):
+    """By parameter name. `second` is empty for SGD."""
+
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+
+
+def begin(settings: OptimizerSettings, params: dict[str, Tensor]) -> Moments:
+    """All moments zero."""
+    first = {name: torch.zeros_like(p) for name, p in params.items()}
+    second = {name: torch.zeros_like(p) for name, p in params.items()}
+    return Moments(first, second if settings.name == "adamw" else {})
+
+
+def learning_rate(
+    settings: ScheduleSettings, base: float, step: int, num_steps: int
+) -> float:
+    """The learning rate of step 0 .. num_steps - 1; a cosine goes to zero over all steps."""
+    if settings.name == "cosine":
+        return base * (1 + math.cos(math.pi * step / num_steps)) / 2
+    if settings.name == "step":
+        passed = sum(step >= share * num_steps for share in settings.milestones)
+        return base * settings.gamma**passed
+    return base
+
+
+def apply_step(
+    settings: OptimizerSettings,
+    params: dict[str, Tensor],
+    grads: dict[str, Tensor],
+    moments: Moments,
+    decays: dict[str, bool],
+    lr: float,
+    step: int,
+) -> None:
+    """One optimizer step (`step` counts from 1), changing params and moments in place.
+
+    `decays` says which parameters weight decay applies to; SGD couples it, AdamW does not.
+    """
+    for name, p in params.items():
+        decay = settings.weight_decay if decays[name] else 0.0
+        if settings.name == "sgd":
+            _sgd(settings, p, grads[name], moments.first[name], decay, lr)
+        else:
+            first, second = moments.first[name], moments.second[name]
+            _adamw(settings, p, grads[name], first, second, decay, lr, step)
+
+
+def _sgd(
+    settings: OptimizerSettings, p: Tensor, grad: Tensor, buffer: Tensor, decay: float, lr: float
+) -> None:
+    if decay:
+        grad = grad.add(p, alpha=decay)
+    buffer.mul_(settings.momentum).add_(grad)
+    if settings.nesterov:
+        p.add_(grad, alpha=-lr).add_(buffer, alpha=-lr * settings.momentum)
+    else:
+        p.add_(buffer, alpha=-lr)
+
+
+def _adamw(
+    settings: OptimizerSettings,
+    p: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    decay: float,
+    lr: float,
+    step: int,
+) -> None:
+    p.mul_(1 - lr * decay)
+    first.lerp_(grad, 1 - settings.momentum)
+    second.mul_(settings.beta2).addcmul_(grad, grad, value=1 - settings.beta2)
+    correction_1 = 1 - settings.momentum**step
+    correction_2 = math.sqrt(1 - settings.beta2**step)
+    denominator = (second.sqrt() / correction_2).add_(settings.eps)
+    p.addcdiv_(first, denominator, value=-lr / correction_1)
+
+
+def momentum_of(settings: OptimizerSettings, moments: Moments) -> dict[str, Tensor]:
+    """What methods call momentum: SGD's buffer, or m / (sqrt(v) + eps) under AdamW."""
+    if settings.name == "sgd":
+        return moments.first
+    return {
+        name: first / (moments.second[name].sqrt() + settings.eps)
+        for name, first in moments.first.items()
+    }

@@ -1,0 +1,147 @@
+"""Optuna behind Ray's Searcher, for all members of a sweep at once, rebuilt from their journals.
+
+The rule to know: Ray swallows an exception of a searcher and then waits for ever. So ours is kept
+in `JournalSearcher.error`, and `Reraise` raises it where Ray lets it through. What is suggested
+is decided in `study.py`; here only whose turn it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.search import Searcher
+
+from sparsetune.search.study import MemberSearch, SearchMember, StartPoint
+
+__all__ = ["JournalSearcher", "MemberSearch", "Reraise", "SearchMember", "StartPoint"]
+
+SYNC_SECONDS = 1.0  # how late reports may reach the disk
+
+
+class JournalSearcher(Searcher):
+    """Gives Ray the open trials of all members first, then new ones, as slots become free."""
+
+    def __init__(self, members: list[SearchMember], seed: int, concurrency: int) -> None:
+        """`concurrency` is how many trials, of all members together, may be under way."""
+        super().__init__()
+        self.searches = {member.name: MemberSearch(member, seed) for member in members}
+        self.error: BaseException | None = None
+        self._concurrency = concurrency
+        self._draining = False
+        self._open: list[tuple[str, int]] | None = None
+        self._live: dict[str, tuple[str, int]] = {}  # Ray's id of an attempt -> our trial
+        self._failures: dict[str, str] = {}  # Ray's id -> the last error
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def drain(self) -> None:
+        """No more suggestions; the scheduler stops each trial at its next report, unended."""
+        self._draining = True
+
+    def suggest(self, trial_id: str) -> Any:
+        """A configuration; None while no slot is free; FINISHED when there is no more to give."""
+        if self.error is not None or self._draining:
+            return Searcher.FINISHED
+        try:
+            return self._suggest(trial_id)
+        except Exception as error:  # noqa: BLE001  Reraise raises it
+            self.error = error
+            return Searcher.FINISHED
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        # Without an error, a trial that is open in the journal stays so for the next driver: it
+        # was drained. With one, Ray has given the trial up.
+        name, number = self._live.pop(trial_id, ("", -1))
+        if error and name and self.error is None:
+            try:
+                self.searches[name].end(number, "failed", error=self._failures.get(trial_id))
+            except Exception as bug:  # noqa: BLE001  Reraise raises it
+                self.error = bug
+
+    def failure(self, trial_id: str, text: str) -> None:
+        """What to write down should Ray give this attempt up; it says so to the scheduler only."""
+        self._failures[trial_id] = text
+
+    def end(
+        self, member: str, number: int, status: str, attempt: int = 1, error: str | None = None
+    ) -> None:
+        """The trial is over, though Ray may not have stopped it yet: its slot may be filled."""
+        self.searches[member].end(number, status, attempt, error)
+        self._live = {key: trial for key, trial in self._live.items() if trial != (member, number)}
+
+    def _suggest(self, trial_id: str) -> Any:
+        if self._open is None:  # not before the scheduler had its chance to end what is over
+            self._open = [
+                (name, trial.number)
+                for name, search in self.searches.items()
+                for trial in search.record.trials.values()
+                if trial.status == "running"
+            ]
+            self._open.sort(key=lambda entry: entry[1], reverse=True)
+        wanting = [s for s in self.searches.values() if len(s.record.trials) < s.record.asked]
+        if not self._open and not wanting:
+            return Searcher.FINISHED
+        if len(self._live) >= self._concurrency:
+            return None
+        if self._open:
+            name, number = self._open.pop()
+            search = self.searches[name]
+            trial = search.record.trials[number]
+        else:
+            # The first of those with the fewest trials: round-robin, and the journals know where
+            # it stands.
+            search = min(wanting, key=lambda s: len(s.record.trials))
+            trial = search.suggest()
+        config = search.config(trial)
+        self._live[trial_id] = (search.member.name, trial.number)
+        return config
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        return True
+
+    # Ray's own snapshots are never read, and the journals and the studies do not belong in them.
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        pass
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Reraise(Callback):
+    """Ends the run with the exception of our searcher or scheduler; keeps reports on disk.
+
+    `tick` is called as often as Ray comes by, about ten times a second; what it raises ends the
+    run, too.
+    """
+
+    def __init__(self, searcher: JournalSearcher, tick: Callable[[], None] = lambda: None) -> None:
+        self._searcher = searcher
+        self._tick = tick
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._searcher.error is not None:
+            raise self._searcher.error
+        for search in self._searcher.searches.values():
+            search.member.journal.sync(older_than=SYNC_SECONDS)
+        self._tick()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}

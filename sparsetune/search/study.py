@@ -1,0 +1,259 @@
+"""A member's Optuna study, made from its journal and kept in step with it.
+
+The rule to know: the journal decides, Optuna is told. A suggestion is in the journal before it is
+given out, the study is made from the journal whenever a driver starts, and every ask uses a fresh
+sampler seeded by (sweep seed, member, number). So there is no random state to save, and a search
+that was interrupted suggests what the uninterrupted one would have suggested.
+
+Optuna hears the truth: stopped is PRUNED with what was seen of it, diverged and failed are FAIL,
+and nothing is left RUNNING when a search is over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.trial import TrialState
+
+from sparsetune.search.journal import Journal, Member, Trial
+
+STATES = {
+    "finished": TrialState.COMPLETE,
+    "stopped": TrialState.PRUNED,
+    "diverged": TrialState.FAIL,
+    "failed": TrialState.FAIL,
+}
+ASKS = 5  # how often Optuna may repeat an earlier suggestion before the repetition is accepted
+
+
+@dataclass
+class StartPoint:
+    """A setting that is tried before Optuna's. Out of the study where it does not fit the space."""
+
+    name: str
+    params: dict[str, Any]  # searched keys
+    fixed: dict[str, Any] = field(default_factory=dict)  # other keys, for this trial alone
+    in_study: bool = True
+
+
+@dataclass
+class SearchMember:
+    """One member of a sweep: a journal, and what is searched in it."""
+
+    name: str  # "mnist/set@0.05"
+    journal: Journal
+    # Suggests every searched key on the Optuna trial and returns them, dotted key -> value.
+    ask: Callable[[optuna.trial.Trial], dict[str, Any]]
+    start_points: list[StartPoint]  # trials 0, 1, ...
+    make_sampler: Callable[[int], optuna.samplers.BaseSampler]  # seed -> a fresh sampler
+    # (params, fixed, number) -> the nested configuration that the trainable gets.
+    configure: Callable[[dict[str, Any], dict[str, Any], int], dict[str, Any]]
+    objectives: list[str]  # metrics of the last epoch
+    directions: list[Literal["maximize", "minimize"]]
+    constraint: Callable[[dict[str, float]], float] | None = None  # above 0: infeasible
+
+    @property
+    def record(self) -> Member:
+        return self.journal.record
+
+
+class MemberSearch:
+    """A member's study. Its methods are the only ones that write trials into its journal."""
+
+    def __init__(self, member: SearchMember, seed: int) -> None:
+        self.member = member
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.study = optuna.create_study(directions=member.directions)
+        self._seed = seed
+        # The sweep's name must not matter: the same search under another name is the same search.
+        self._seed_name = member.name.rpartition("/")[2]
+        self._asked: dict[int, optuna.trial.Trial] = {}  # running trials, by our number
+        self._seen: set[str] = set()
+        for trial in member.record.trials.values():
+            self._seen.add(_key(trial.params))
+            if not trial.in_study:
+                continue
+            if trial.status == "running":
+                self._asked[trial.number] = self._again(trial)
+            else:
+                self.study.add_trial(self._frozen(trial))
+
+    @property
+    def record(self) -> Member:
+        return self.member.record
+
+    def config(self, trial: Trial) -> dict[str, Any]:
+        """What the trainable gets."""
+        config = self.member.configure(trial.params, trial.fixed, trial.number)
+        about = config.get("trial", {}) | {"member": self.member.name, "number": trial.number}
+        return {**config, "trial": about}
+
+    def suggest(self) -> Trial:
+        """The next new trial, which is in the journal when this returns."""
+        number = len(self.record.trials)
+        points = self.member.start_points
+        if number < len(points):
+            point = points[number]
+            origin, fixed, in_study = f"start:{point.name}", point.fixed, point.in_study
+            asked = self._enqueued(point.params, number) if in_study else None
+            params = point.params
+        else:
+            origin, fixed, in_study = "sampler", {}, True
+            asked = self._sampled(number)
+            params = asked.params
+        event = {
+            "type": "suggest",
+            "number": number,
+            "params": params if asked is None else asked.params,
+            "distributions": {} if asked is None else _to_json(asked.distributions),
+            "origin": origin,
+            "fixed": fixed,
+            "in_study": in_study,
+        }
+        attrs = {} if asked is None else self._notes(asked)
+        self.member.journal.append(event | ({"attrs": attrs} if attrs else {}))
+        if asked is not None:
+            self._asked[number] = asked
+        self._seen.add(_key(params))
+        return self.record.trials[number]
+
+    def report(self, number: int, epoch: int, metrics: dict[str, float], decision: str) -> None:
+        self.member.journal.append(
+            {
+                "type": "report",
+                "number": number,
+                "epoch": epoch,
+                "metrics": metrics,
+                "decision": decision,
+            },
+            durable=False,
+        )
+        if number in self._asked and len(self.member.objectives) == 1:
+            value = metrics.get(self.member.objectives[0], math.nan)
+            self._asked[number].report(value, step=epoch)
+
+    def end(self, number: int, status: str, attempt: int = 1, error: str | None = None) -> None:
+        event: dict[str, Any] = {
+            "type": "end",
+            "number": number,
+            "status": status,
+            "attempt": attempt,
+        }
+        self.member.journal.append(event | ({"error": error} if error is not None else {}))
+        asked = self._asked.pop(number, None)
+        if asked is not None:
+            trial = self.record.trials[number]
+            for key, violation in self._constraints(trial).items():
+                asked.set_constraint(key, violation)
+            self.study.tell(asked, self._values(trial), STATES[status])
+
+    def finite(self, metrics: dict[str, float]) -> bool:
+        """Whether every objective is a number; a trial where one is not has diverged."""
+        missing = [name for name in self.member.objectives if name not in metrics]
+        if missing:
+            raise ValueError(
+                f"{self.member.name}: the objective {', '.join(missing)} is not reported; "
+                f"there are {', '.join(sorted(metrics))}"
+            )
+        return all(math.isfinite(metrics[name]) for name in self.member.objectives)
+
+    def _sampled(self, number: int) -> optuna.trial.Trial:
+        for attempt in range(ASKS):
+            self.study.sampler = self._sampler(number, attempt)
+            asked = self.study.ask()
+            self._ask(asked)
+            if not asked.params or _key(asked.params) not in self._seen or attempt == ASKS - 1:
+                break
+            # Optuna has no way to withdraw a question. No sampler looks at trials that failed.
+            self.study.tell(asked, state=TrialState.FAIL)
+        return asked
+
+    def _enqueued(self, params: dict[str, Any], number: int) -> optuna.trial.Trial:
+        self.study.enqueue_trial(params)
+        self.study.sampler = self._sampler(number, 0)
+        asked = self.study.ask()
+        self._ask(asked)
+        return asked
+
+    def _notes(self, asked: optuna.trial.Trial) -> dict[str, Any]:
+        """What the sampler wrote on the trial and reads again, such as NSGA-II's generation."""
+        attrs = self.study.get_trials(deepcopy=False)[asked.number].system_attrs
+        return {
+            key: value
+            for key, value in attrs.items()
+            if key != "fixed_params" and ":relative_params" not in key  # both repeat `params`
+        }
+
+    def _again(self, trial: Trial) -> optuna.trial.Trial:
+        """An open trial, asked once more with the answer it had."""
+        # What Study.enqueue_trial does, but with the sampler's notes (NSGA-II's generation).
+        waiting = optuna.trial.create_trial(
+            state=TrialState.WAITING, system_attrs={"fixed_params": trial.params, **trial.attrs}
+        )
+        self.study.add_trial(waiting)
+        asked = self.study.ask(fixed_distributions=_from_json(trial.distributions))
+        if len(self.member.objectives) == 1:
+            for epoch, metrics, _ in trial.reports:
+                asked.report(metrics.get(self.member.objectives[0], math.nan), step=epoch)
+        return asked
+
+    def _frozen(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        """An ended trial as Optuna would hold it had it been there from the start."""
+        intermediate: dict[int, float] = {}
+        if len(self.member.objectives) == 1:
+            name = self.member.objectives[0]
+            intermediate = {e: metrics.get(name, math.nan) for e, metrics, _ in trial.reports}
+        values = self._values(trial)
+        if trial.status == "stopped" and intermediate:
+            values = [intermediate[len(trial.reports)]]
+        return optuna.trial.create_trial(
+            state=STATES[trial.status],
+            values=values,
+            params=trial.params,
+            distributions=_from_json(trial.distributions),
+            system_attrs=dict(trial.attrs),
+            intermediate_values=intermediate,
+            constraints=self._constraints(trial),
+        )
+
+    def _ask(self, asked: optuna.trial.Trial) -> None:
+        params = self.member.ask(asked)
+        # The study is rebuilt from what is journalled, so that must be what Optuna holds.
+        assert params == asked.params, f"{self.member.name}: {params} is not {asked.params}"
+
+    def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
+        text = f"{self._seed} {self._seed_name} {number} {attempt}"
+        return self.member.make_sampler(
+            int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        )
+
+    def _values(self, trial: Trial) -> list[float] | None:
+        if trial.status != "finished":
+            return None
+        return [trial.reports[-1].metrics[name] for name in self.member.objectives]
+
+    def _constraints(self, trial: Trial) -> dict[str, float]:
+        """Where Optuna 5 reads feasibility (its `constraints_func` argument is deprecated)."""
+        if self.member.constraint is None or trial.status not in ("finished", "stopped"):
+            return {}
+        violation = float(self.member.constraint(trial.reports[-1].metrics))
+        return {"constraint": math.inf if math.isnan(violation) else violation}
+
+
+def _key(params: dict[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)
+
+
+def _to_json(distributions: dict[str, BaseDistribution]) -> dict[str, str]:
+    return {name: distribution_to_json(each) for name, each in distributions.items()}
+
+
+def _from_json(distributions: dict[str, str]) -> dict[str, BaseDistribution]:
+    return {name: json_to_distribution(text) for name, text in distributions.items()}

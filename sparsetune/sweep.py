@@ -1,0 +1,391 @@
+"""Run a sweep: a new Tuner over the journals' open and new trials, each time it is started.
+
+The rule to know: launch, resume and extend are one path. `create` writes the members' journals;
+`run` reads whatever journals there are and does what they lack. Ray Tune's own snapshots are
+scratch and are thrown away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sparsetune.data import load as load_data
+from sparsetune.member import Member, Sweep
+from sparsetune.progress import Progress
+from sparsetune.search.journal import Journal, SweepLock, Trial
+from sparsetune.search.study import MemberSearch, SearchMember
+from sparsetune.status import is_done, member_folders, print_result
+from sparsetune.tracking import Tracker
+from sparsetune.trial import epochs, sweep_trial, trial_folder
+
+PATIENCE_SECONDS = 20.0  # how long a running epoch may take to end after Ctrl-C
+
+QUIET = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the journal is the truth; a snapshot costs 13 ms
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # users' relative paths and modules go on meaning the same
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@dataclass
+class OpenMember:
+    """A member whose journal this process may write."""
+
+    member: Member
+    journal: Journal
+
+    @property
+    def folder(self) -> Path:
+        return self.journal.path.parent
+
+
+def create(sweep: Sweep, command: str) -> Path:
+    """The folder of a new sweep with a journal per member. ValueError where the name is taken.
+
+    The folder is made under another name and then renamed, so that a sweep is there with all its
+    members or not at all.
+    """
+    folder = sweep.storage / sweep.name
+    taken = f"name: '{sweep.name}' exists already in {sweep.storage}; go on with it by: " + (
+        f"sparsetune resume {sweep.name}" + storage_words(sweep.storage) + ", or take another name"
+    )
+    if folder.exists():
+        raise ValueError(taken)
+    scratch = sweep.storage / f".{sweep.name}.{uuid.uuid4().hex[:8]}"
+    common = {"sweep_id": uuid.uuid4().hex, "command": command, "argv": sys.argv[1:]}
+    try:
+        scratch.mkdir(parents=True)
+        for order, member in enumerate(sweep.members):
+            header = common | {
+                "order": order,
+                "trials": member.settings.trials,
+                "data": load_data(member.settings.data).fingerprint,
+                "member": member.to_header(),
+            }
+            Journal.create(scratch / member_stem(member), header).close()
+        scratch.rename(folder)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if folder.exists():
+            raise ValueError(taken) from error
+        raise ValueError(
+            f"storage: '{sweep.storage}' cannot be written ({error.strerror}); "
+            "give storage=FOLDER or set SPARSETUNE_STORAGE"
+        ) from error
+    return folder
+
+
+def storage_words(storage: Path) -> str:
+    """What a printed command must say of the storage to find the sweep."""
+    given = os.environ.get("SPARSETUNE_STORAGE", "./sweeps")
+    return "" if Path(given).resolve() == storage.resolve() else f" storage={storage}"
+
+
+def member_stem(member: Member) -> str:
+    """`set@0.05` of the member `mnist/set@0.05`: its folder in the sweep's."""
+    return member.name.partition("/")[2]
+
+
+@contextmanager
+def opened(folder: Path, trials: int | None = None) -> Iterator[list[OpenMember]]:
+    """The members of a sweep, ours to write until the end of the `with`; `trials` extends it."""
+    with ExitStack() as stack:
+        stack.enter_context(SweepLock(folder))
+        members = []
+        for path in member_folders(folder.parent, folder.name):
+            writer = Journal.open(path)
+            stack.callback(writer.close)
+            members.append(OpenMember(Member.from_header(writer.record.header["member"]), writer))
+        for one in members:
+            _check_unchanged(one)
+        if trials is not None:
+            for one in members:
+                if trials < one.journal.record.asked:
+                    raise ValueError(
+                        f"trials: {one.member.name} was asked for {one.journal.record.asked} "
+                        f"already; give trials={one.journal.record.asked} or more"
+                    )
+                if trials > one.journal.record.asked:
+                    one.journal.append({"type": "extend", "trials": trials})
+        yield members
+
+
+def _check_unchanged(one: OpenMember) -> None:
+    """A search over other data is another search."""
+    then = one.journal.record.header["data"]
+    now = load_data(one.member.settings.data).fingerprint
+    if then != now:
+        raise ValueError(
+            f"data: the images of {one.member.settings.data.name} have changed since "
+            f"'{one.member.name}' began (fingerprint {then[:12]}, now {now[:12]}); put the old "
+            "data back, or begin a sweep under another name"
+        )
+
+
+def search_member(one: OpenMember) -> SearchMember:
+    """The member as the searcher sees it; trials are told where they live and on what they run."""
+    settings, path = one.member.settings, [str(Path.cwd())]
+
+    def configure(params: dict[str, Any], fixed: dict[str, Any], number: int) -> dict[str, Any]:
+        about = {
+            "folder": str(trial_folder(one.folder, number)),
+            "device": settings.device,
+            "threads": max(1, int(settings.resources.cpus)),
+            "save_every": settings.checkpoint.every,
+            "generation": one.journal.record.generation,
+            "path": path,
+        }
+        return one.member.configure(params, fixed, number) | {"trial": about}
+
+    return dataclasses.replace(one.member.search_member(one.journal), configure=configure)
+
+
+def note_driver(members: list[OpenMember]) -> None:
+    """Writes that this process drives the sweep now."""
+    for one in members:
+        one.journal.append(
+            {
+                "type": "driver",
+                "generation": one.journal.record.generation + 1,
+                "pid": os.getpid(),
+                "host": os.uname().nodename,
+                "versions": versions(),
+            }
+        )
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for package in ("sparsetune", "torch", "ray", "optuna", "wandb"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class Recording:
+    """Sends the journals' events to W&B: what it lacks at the start, then what comes.
+
+    It reads the journals and nothing else, so after any interruption the same code back-fills.
+    """
+
+    def __init__(self, members: list[OpenMember], sweep: str, folder: Path) -> None:
+        header = members[0].journal.record.header
+        self.tracker = Tracker(members[0].member.settings.wandb, header["sweep_id"], sweep, folder)
+        self._members = members
+        self._sent: dict[str, dict[int, int]] = {one.member.name: {} for one in members}
+        self._first_open = {one.member.name: 0 for one in members}
+
+    def send(self) -> None:
+        for one in self._members:
+            record, sent = one.journal.record, self._sent[one.member.name]
+            start = self._first_open[one.member.name]
+            for number in range(start, len(record.trials)):
+                self._send_trial(one, number, sent)
+                # Ended and sent trials at the front need not be looked at again.
+                if number == self._first_open[one.member.name] and sent.get(number) == -1:
+                    self._first_open[one.member.name] += 1
+
+    def _send_trial(self, one: OpenMember, number: int, sent: dict[int, int]) -> None:
+        trial, name = one.journal.record.trials[number], one.member.name
+        if sent.get(number) == -1:
+            return
+        if number not in sent:
+            if trial.status != "running" and self.tracker.recorded(name, number) == trial.status:
+                sent[number] = -1
+                return
+            config = one.member.configure(trial.params, trial.fixed, number)
+            self.tracker.start(
+                name, number, name=one.member.run_name(trial.params | trial.fixed, number),
+                group=name, job_type=config["method"], config=config | {"trial": number},
+            )
+            sent[number] = 0
+        for epoch, metrics, _ in trial.reports[sent[number] :]:
+            self.tracker.log(name, number, epoch, metrics)
+            sent[number] = epoch
+        if trial.status != "running":
+            self.tracker.finish(name, number, trial.status, best_values(one.member, trial))
+            sent[number] = -1
+
+
+def best_values(member: Member, trial: Trial) -> dict[str, float]:
+    """The best value that each objective had in any epoch of the trial, for reading in W&B."""
+    best = {}
+    for name, direction in zip(member.objectives, member.directions, strict=True):
+        values = [r.metrics[name] for r in trial.reports if math.isfinite(r.metrics[name])]
+        if values:
+            best[name] = max(values) if direction == "maximize" else min(values)
+    return best
+
+
+def run(folder: Path, members: list[OpenMember]) -> int:
+    """Trains what the journals lack. Exit status: 0 done, 1 trials failed, 130 interrupted."""
+    note_driver(members)
+    recording = Recording(members, folder.name, folder)
+    with Progress({one.member.name: (one.member, one.journal.record) for one in members}) as bar:
+        watch = Watch(recording, bar)
+        if members[0].journal.record.header["command"] == "train":
+            train_alone(members[0], watch)
+        else:
+            tune_all(members, watch)
+    recording.send()
+    return _close(folder, members, recording)
+
+
+def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int:
+    command = recording.tracker.close()
+    for problem in recording.tracker.problems:
+        print(problem, file=sys.stderr)
+    print_result(folder)
+    if command:
+        print(f"W&B records are offline; upload them by: {command}")
+    records = [one.journal.record for one in members]
+    if not all(is_done(record) for record in records):
+        print(f"Interrupted. Go on by: sparsetune resume {folder.name}{storage_words(folder.parent)}")
+        return 130
+    failed = [
+        f"{one.member.name} trial {trial.number}: {trial.error}"
+        for one in members
+        for trial in one.journal.record.trials.values()
+        if trial.status == "failed"
+    ]
+    for line in failed:
+        print(f"failed: {line} (traceback in its folder's error.txt)", file=sys.stderr)
+    return 1 if failed else 0
+
+
+class Watch:
+    """What is done between events: W&B, the table, and an orderly end after a signal.
+
+    The first SIGINT, SIGTERM or SIGUSR1 lets running trials finish their epoch, the second, or
+    PATIENCE_SECONDS, leaves them at their last checkpoints. Nothing is lost either way.
+    """
+
+    def __init__(self, recording: Recording, progress: Progress) -> None:
+        self.recording, self.progress = recording, progress
+        self.leaving_since: float | None = None
+        self.on_leave: Callable[[], None] = lambda: None
+
+    def tick(self) -> None:
+        self.recording.send()
+        self.progress.update()
+        if self.leaving_since and time.monotonic() - self.leaving_since > PATIENCE_SECONDS:
+            raise KeyboardInterrupt
+
+    def _signal(self, number: int, frame: FrameType | None) -> None:
+        if self.leaving_since is not None:
+            raise KeyboardInterrupt
+        self.leaving_since = time.monotonic()
+        self.progress.note("leaving: running epochs are being finished; again to leave at once")
+        self.on_leave()
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Handles signals until the end of the `with`, and swallows what they raise."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._signal) for number in numbers}
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.leaving_since is None:
+                raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train_alone(one: OpenMember, watch: Watch) -> None:
+    """The open and new trials of a member one after another in this process, without Ray."""
+    settings, record = one.member.settings, one.journal.record
+    search = MemberSearch(search_member(one), settings.seed)
+    with watch.signals():
+        while not is_done(record) and watch.leaving_since is None:
+            running = [trial for trial in record.trials.values() if trial.status == "running"]
+            trial = running[0] if running else search.suggest()
+            trial_settings = one.member.trial_settings(trial.params, trial.fixed)
+            folder = trial_folder(one.folder, trial.number)
+            metrics: dict[str, float] = {}
+            for metrics in epochs(trial_settings, settings.device, folder, settings.checkpoint.every):
+                if metrics["epoch"] > len(trial.reports):
+                    search.report(trial.number, int(metrics["epoch"]), metrics, "CONTINUE")
+                watch.progress.epoch(one.member.name, metrics, trial_settings.epochs)
+                watch.recording.send()
+                if watch.leaving_since is not None:
+                    break
+            if metrics.get("diverged"):
+                search.end(trial.number, "diverged")
+            elif len(trial.reports) == trial_settings.epochs:
+                search.end(trial.number, "finished")
+
+
+def tune_all(members: list[OpenMember], watch: Watch) -> None:
+    """All open and new trials of all members in one Tuner."""
+    if all(is_done(one.journal.record) for one in members):
+        return
+    os.environ.update(QUIET)
+    import ray
+    from ray import tune
+
+    from sparsetune.search.scheduler import Asha, JournalScheduler
+    from sparsetune.search.searcher import JournalSearcher, Reraise
+
+    settings = members[0].member.settings
+    address = settings.ray.address or "local"  # plain init joins a dead cluster's stale address
+    with watch.signals(), tempfile.TemporaryDirectory() as scratch:
+        ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR,
+            include_dashboard=False if address == "local" else None,
+        )
+        try:
+            cpus, gpus = settings.resources.cpus, settings.resources.gpus
+            slots = settings.concurrency or _places(ray.cluster_resources(), cpus, gpus)
+            searcher = JournalSearcher([search_member(one) for one in members], settings.seed, slots)
+            scheduling = Sweep("", Path(), [one.member for one in members]).scheduling
+            asha = Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None
+            scheduler = JournalScheduler(searcher, settings.epochs, asha)
+            watch.on_leave = searcher.drain
+            tuner = tune.Tuner(
+                tune.with_resources(sweep_trial, {"cpu": cpus, "gpu": gpus}),
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True
+                ),
+                run_config=tune.RunConfig(
+                    name="scratch",
+                    storage_path=scratch,
+                    callbacks=[Reraise(searcher, watch.tick)],
+                    failure_config=tune.FailureConfig(max_failures=-1),
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+            if searcher.error is not None:
+                raise searcher.error
+        finally:
+            ray.shutdown()
+
+
+def _places(resources: dict[str, float], cpus: float, gpus: float) -> int:
+    """Trials that fit into a cluster's resources at once."""
+    by_gpu = int(resources.get("GPU", 0) / gpus) if gpus else sys.maxsize
+    return max(1, min(by_gpu, int(resources.get("CPU", 1) / max(cpus, 1e-9))))

@@ -1,0 +1,441 @@
+"""Train one trial alone: the reference that every engine backend is tested against.
+
+The rule to know: `prepare` turns settings into a `Setup` that never changes, `begin` makes the
+first `TrialState`, and `train_epoch` maps a state to the next one and its metrics. Nothing passed
+in is changed, nothing is drawn from a global generator, and inside an epoch the host waits for the
+device only at topology updates.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sparsetune import data, models, optim
+from sparsetune.flops import forward_flops, trial_flops
+from sparsetune.methods import METHODS, Method, noise
+from sparsetune.methods.contract import (
+    Layers,
+    Shapes,
+    UpdateSchedule,
+    make_hyperparameters,
+    make_variant,
+)
+from sparsetune.methods.distribution import counts, random_masks, split_layers, total_for
+from sparsetune.methods.update import activate, lifted_update, seeded_noise, update_keys
+from sparsetune.settings import TrialSettings
+
+Metrics = dict[str, float]
+
+
+class TrialState(NamedTuple):
+    """Everything a trial is between two epochs; a checkpoint holds this and nothing else of it.
+
+    Tensors by name: `params` (trained, thresholds included), `buffers` (BatchNorm), the
+    optimizer's `moments`, `masks` and `ever` (bool, weights ever active) of the sparse layers.
+    `method` is the method's own state. `epoch`, `step` and `updates` count what is done.
+    """
+
+    params: Layers
+    buffers: Layers
+    moments: optim.Moments
+    masks: Layers
+    ever: Layers
+    method: Any
+    epoch: int
+    step: int
+    updates: int
+    flops: float  # of all training so far
+    diverged: bool
+
+
+class Setup(NamedTuple):
+    """What `prepare` derives from a trial's settings, once."""
+
+    settings: TrialSettings
+    device: torch.device
+    method: Method
+    variant: Any
+    hp: Any
+    schedule: UpdateSchedule
+    model: nn.Module  # on the meta device: its forward is called with the state's params
+    names: tuple[str, ...]  # of the model's parameters; a method may train others besides
+    sparse: Shapes
+    dense: Shapes
+    targets: dict[str, int]  # active weights per sparse layer that the density asks for
+    flops: dict[str, float]  # forward, dense, per sample, by weight name
+    dataset: data.Dataset  # on the device
+    train_index: Tensor
+    validation_index: Tensor
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return data.steps_per_epoch(len(self.train_index), self.settings.train.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps_per_epoch * self.settings.epochs
+
+    @property
+    def masks_gradients(self) -> bool:
+        """Only active weights learn; False where absent ones collect momentum (SM) or all train."""
+        return self.fixes_weights and self.method.dense_gradient(self.variant) != "always"
+
+    @property
+    def fixes_weights(self) -> bool:
+        """Absent weights are zero, not merely masked in the forward pass."""
+        return self.method.reaches_density
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: a GPU where there is one. ValueError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: '{name}' is unknown; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: '{name}' asked for, but torch sees no GPU; use device=cpu")
+    return device
+
+
+def update_schedule(method: Method, settings: TrialSettings) -> UpdateSchedule:
+    """The method's schedule with what the settings replace; ValueError for what cannot be."""
+    given = {k: v for k, v in vars(settings.update).items() if v is not None}
+    if "doublings" in given:
+        given["doublings"] = tuple(given["doublings"])
+    schedule = method.schedule
+    schedule = UpdateSchedule(**{**vars(schedule), **given})
+    every = schedule.every
+    if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"update.every: '{every}' is neither 'epoch' nor a number of steps")
+    for name, share in (("first", schedule.first), ("stop", schedule.stop)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"update.{name}: {share} is no share of training from 0 to 1")
+    return schedule
+
+
+def layers_of(
+    settings: TrialSettings, method: Method, weights: Shapes
+) -> tuple[Shapes, Shapes, dict[str, int]]:
+    """(sparse layers, dense layers, active weights per sparse layer at the asked density)."""
+    sparse, dense = split_layers(weights, settings.dense_layers)
+    if not method.reaches_density:
+        return sparse, dense, {name: shape.numel() for name, shape in sparse.items()}
+    if not sparse:
+        raise ValueError("dense_layers: every layer is left dense, so nothing can be sparse")
+    total = total_for(sparse, dense, settings.density, settings.density_over)
+    return sparse, dense, counts(sparse, total, settings.distribution)
+
+
+def prepare(
+    settings: TrialSettings, device: torch.device, dataset: data.Dataset | None = None
+) -> Setup:
+    """The setup of a trial; `dataset` where it is loaded already. ValueError for bad settings."""
+    method = METHODS[settings.method]
+    variant = make_variant(method, settings.variant)
+    if dataset is None:
+        dataset = data.load(settings.data)
+    with torch.device("meta"):
+        model = models.build(settings.model, dataset.input_shape, dataset.num_classes)
+    sparse, dense, targets = layers_of(settings, method, models.weights(model))
+    train_index, validation_index = data.split(
+        len(dataset.train.labels), settings.data.validation, settings.seed
+    )
+    dataset = dataset._replace(
+        train=data.Arrays(*(t.to(device) for t in dataset.train)),
+        mean=dataset.mean.to(device),
+        deviation=dataset.deviation.to(device),
+    )
+    return Setup(
+        settings=settings,
+        device=device,
+        method=method,
+        variant=variant,
+        hp=make_hyperparameters(method, settings.hp, device),
+        schedule=update_schedule(method, settings),
+        model=model,
+        names=tuple(name for name, _ in model.named_parameters()),
+        sparse=sparse,
+        dense=dense,
+        targets=targets,
+        flops=forward_flops(settings.model, dataset.input_shape, dataset.num_classes),
+        dataset=dataset,
+        train_index=train_index.to(device),
+        validation_index=validation_index.to(device),
+    )
+
+
+def begin(setup: Setup) -> TrialState:
+    """The state before the first step: a function of the settings and the seed."""
+    settings, method, device = setup.settings, setup.method, setup.device
+
+    def drawn(purpose: str, name: str, num: int) -> Tensor:
+        return noise.uniform(noise.key(settings.seed, purpose, 0, name), torch.arange(num))
+
+    params, buffers = models.initial_params(
+        settings.model, setup.dataset.input_shape, setup.dataset.num_classes, settings.seed, drawn
+    )
+    if method.begins == "sparse":
+        masks = random_masks(setup.sparse, setup.targets, settings.seed)
+        params |= {name: params[name] * mask for name, mask in masks.items()}
+    else:
+        masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in setup.sparse.items()}
+    params, buffers, masks = (
+        {name: t.to(device) for name, t in tensors.items()} for tensors in (params, buffers, masks)
+    )
+    targets = {
+        name: torch.tensor(num, dtype=torch.float64, device=device)
+        for name, num in setup.targets.items()
+    }
+    zeros = {name: torch.zeros_like(params[name]) for name in masks}
+    state, extra = method.init(
+        activate(params, masks, zeros, zeros), setup.sparse, targets, setup.hp,
+        seeded_noise(settings.seed, "init", device), setup.variant,
+    )
+    params |= extra
+    if method.after_step is not None:
+        changed, masks, _ = method.after_step(params, masks, state, setup.hp, setup.variant)
+        params |= changed
+    return TrialState(
+        params, buffers, optim.begin(settings.optimizer, params), masks, dict(masks), state,
+        epoch=0, step=0, updates=0, flops=0.0, diverged=False,
+    )
+
+
+def _copied(state: TrialState) -> TrialState:
+    """A state whose tensors this epoch may change in place."""
+    first, second = ({k: t.clone() for k, t in moment.items()} for moment in state.moments)
+    return state._replace(
+        params={k: t.detach().clone().requires_grad_() for k, t in state.params.items()},
+        buffers={k: t.clone() for k, t in state.buffers.items()},
+        moments=optim.Moments(first, second),
+    )
+
+
+def _forward(setup: Setup, state: TrialState, images: Tensor) -> Tensor:
+    """Logits [n, classes], float32."""
+    params = setup.method.sparsify(
+        state.params, state.masks, state.method, setup.hp, setup.variant
+    )
+    half = setup.settings.train.precision == "bfloat16"
+    with torch.autocast("cuda", torch.bfloat16, enabled=half and setup.device.type == "cuda"):
+        own = {name: params[name] for name in setup.names} | state.buffers
+        logits: Tensor = functional_call(setup.model, own, (images,))
+    return logits.float()
+
+
+def _topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialState:
+    """The state after one prune-and-grow event, with the batch's dense gradients."""
+    momenta = optim.momentum_of(setup.settings.optimizer, state.moments)
+    changed, masks, reset, method_state = lifted_update(
+        setup.method, state.params, state.masks, momenta, grads, state.method, setup.variant,
+        setup.hp,
+        torch.tensor(
+            setup.schedule.progress(state.step, setup.num_steps),
+            dtype=torch.float64, device=setup.device,
+        ),
+        update_keys(state.masks, setup.settings.seed, state.updates),
+    )
+    for name, value in changed.items():
+        state.params[name].copy_(value)
+    _reset(state.moments, reset)
+    ever = {name: seen | masks[name] for name, seen in state.ever.items()}
+    return state._replace(masks=masks, ever=ever, method=method_state, updates=state.updates + 1)
+
+
+def _reset(moments: optim.Moments, where: Layers) -> None:
+    for moment in moments:
+        for name in where:
+            if name in moment:
+                moment[name].masked_fill_(where[name], 0)
+
+
+def _active(masks: Layers, device: torch.device) -> Tensor:
+    """Active weights of each sparse layer, float64 [L]."""
+    if not masks:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    return torch.stack([mask.count_nonzero() for mask in masks.values()]).to(torch.float64)
+
+
+def _step(
+    setup: Setup, state: TrialState, gates: Layers, images: Tensor, labels: Tensor
+) -> tuple[TrialState, Tensor]:
+    """One optimizer step and what follows it; (state, cross entropy). Changes tensors in place."""
+    settings, method = setup.settings, setup.method
+    step = state.step + 1
+    logits = _forward(setup, state, images)
+    loss = F.cross_entropy(logits, labels)
+    objective = loss
+    if method.penalty is not None:
+        objective = loss + method.penalty(state.params, state.method, setup.hp, setup.variant)
+    names = list(state.params)
+    grads = dict(
+        zip(names, torch.autograd.grad(objective, list(state.params.values())), strict=True)
+    )
+    due = method.decide is not None and setup.schedule.is_due(
+        step, setup.num_steps, setup.steps_per_epoch, method.closes
+    )
+    dense = {name: grads[name] for name in gates} if due else {}
+    with torch.no_grad():
+        if setup.masks_gradients:
+            for name, gate in gates.items():
+                # An update reads the dense gradient, so there the mask may not go in place.
+                grads[name] = grads[name] * gate if due else grads[name].mul_(gate)
+        optim.apply_step(
+            settings.optimizer, state.params, grads, state.moments,
+            {name: method.decays(name, setup.variant) for name in names},
+            optim.learning_rate(settings.schedule, settings.optimizer.lr, state.step, setup.num_steps),
+            step,
+        )
+        if setup.fixes_weights and not setup.masks_gradients:
+            for name, gate in gates.items():
+                state.params[name].mul_(gate)
+        state = state._replace(step=step)
+        if method.after_step is not None:
+            changed, masks, reset = method.after_step(
+                state.params, state.masks, state.method, setup.hp, setup.variant
+            )
+            for name, value in changed.items():
+                state.params[name].copy_(value)
+            _reset(state.moments, reset)
+            ever = {name: state.ever[name] | mask for name, mask in masks.items()}
+            state = state._replace(masks=masks, ever=ever)
+        if due:
+            state = _topology_update(setup, state, dense)
+    return state, loss.detach()
+
+
+def _gates(setup: Setup, state: TrialState) -> Layers:
+    """Masks as floats, where weights or gradients are multiplied by them."""
+    if not setup.fixes_weights:
+        return {}
+    return {name: mask.to(state.params[name].dtype) for name, mask in state.masks.items()}
+
+
+def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
+    """The state after one more epoch, and its metrics (`measure` says which)."""
+    settings, dataset = setup.settings, setup.dataset
+    began = time.perf_counter()
+    before = state
+    state = _copied(state)
+    order_seed = settings.seed if settings.order_seed is None else settings.order_seed
+    order = data.epoch_order(len(setup.train_index), order_seed, state.epoch).to(setup.device)
+    size = dataset.train.images.shape[-2:]
+    offsets = data.augmentation(
+        settings.data.augment, len(dataset.train.labels), order_seed, state.epoch,
+        (size[0], size[1]),
+    )
+    if offsets is not None:
+        offsets = offsets.to(setup.device)
+    setup.model.train()
+    gates, masks = _gates(setup, state), state.masks
+    active = _active(masks, setup.device)
+    active_sum = torch.zeros_like(active)
+    losses = torch.zeros((), dtype=torch.float64, device=setup.device)
+    with torch.random.fork_rng(devices=[setup.device] if setup.device.type == "cuda" else []):
+        # Dropout and the like in a user's own network draw from the global generator.
+        torch.manual_seed(noise.key(settings.seed, "forward", state.epoch))
+        for places in order.split(settings.train.batch_size)[: setup.steps_per_epoch]:
+            index = setup.train_index[places]
+            images = data.augment(dataset.train.images[index], offsets, index)
+            active_sum += active
+            state, loss = _step(
+                setup, state, gates,
+                data.to_input(images, dataset.mean, dataset.deviation, settings.data.normalize),
+                dataset.train.labels[index],
+            )
+            losses += loss
+            if state.masks is not masks:
+                gates, masks = _gates(setup, state), state.masks
+                active = _active(masks, setup.device)
+    num = setup.steps_per_epoch
+    step_flops = _step_flops(setup, active_sum / num, state.updates - before.updates)
+    state = state._replace(
+        params={name: p.detach() for name, p in state.params.items()},
+        epoch=state.epoch + 1,
+        flops=state.flops + step_flops * num * min(settings.train.batch_size, len(order)),
+    )
+    metrics = {"epoch": state.epoch, "train/loss": float(losses) / num}
+    metrics |= measure(setup, state, before.masks)
+    metrics |= {"flops/train": step_flops, "flops/total": state.flops}
+    state = state._replace(diverged=_has_diverged(state, metrics))
+    metrics["diverged"] = float(state.diverged)
+    if setup.device.type == "cuda":
+        torch.cuda.synchronize(setup.device)
+    metrics["device_seconds"] = time.perf_counter() - began
+    return state, metrics
+
+
+def _has_diverged(state: TrialState, metrics: Metrics) -> bool:
+    # Validation may look finite (a ReLU turns NaN into 0 on some devices), so weights are asked.
+    finite = all(math.isfinite(metrics[k]) for k in ("train/loss", "val/loss") if k in metrics)
+    return not (finite and all(bool(p.isfinite().all()) for p in state.params.values()))
+
+
+def _step_flops(setup: Setup, active: Tensor, updates: int) -> float:
+    """FLOPs per sample and step, the mean over an epoch with these mean active weights [L]."""
+    density = {
+        name: float(num) / shape.numel()
+        for (name, shape), num in zip(setup.sparse.items(), active, strict=True)
+    }
+    density = {name: density.get(name, 1.0) for name in setup.flops}
+    kind = setup.method.dense_gradient(setup.variant)
+    interval = setup.steps_per_epoch / updates if updates else math.inf
+    return trial_flops(setup.flops, density, kind, interval)
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, state: TrialState, arrays: data.Arrays) -> tuple[float, float]:
+    """(mean cross entropy, share classified right) of uint8 images on any device."""
+    setup.model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=setup.device)
+    right = torch.zeros((), dtype=torch.int64, device=setup.device)
+    for images, labels in zip(arrays.images.split(1000), arrays.labels.split(1000), strict=True):
+        x = data.to_input(
+            images.to(setup.device), setup.dataset.mean, setup.dataset.deviation,
+            setup.settings.data.normalize,
+        )
+        labels = labels.to(setup.device)
+        logits = _forward(setup, state, x)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        right += (logits.argmax(1) == labels).sum()
+    num = len(arrays.labels)
+    return float(loss) / num, float(right) / num
+
+
+def measure(setup: Setup, state: TrialState, earlier: Layers) -> Metrics:
+    """Validation and density of a state; `earlier` masks are those of the epoch before.
+
+    `val/loss`, `val/accuracy` (share; where images are held out), `density/all` (active share of
+    all weights), `density/sparse` (of the sparse layers), `density/ever` (of those, ever active),
+    `density/layer/<name>`, `method/churn` (share of active weights that were absent before) and
+    the method's own scalars as `method/<name>`.
+    """
+    metrics: Metrics = {}
+    if len(setup.validation_index):
+        train = setup.dataset.train
+        held_out = data.Arrays(*(t[setup.validation_index] for t in train))
+        metrics["val/loss"], metrics["val/accuracy"] = evaluate(setup, state, held_out)
+    sizes = {name: shape.numel() for name, shape in setup.sparse.items()}
+    active = {name: int(mask.count_nonzero()) for name, mask in state.masks.items()}
+    whole = sum(shape.numel() for shape in setup.dense.values())
+    size, num = sum(sizes.values()), sum(active.values())
+    metrics["density/all"] = (num + whole) / (size + whole)
+    metrics["density/sparse"] = num / size if size else 1.0
+    seen = sum(int(mask.count_nonzero()) for mask in state.ever.values())
+    metrics["density/ever"] = seen / size if size else 1.0
+    for name, shape in (setup.sparse | setup.dense).items():
+        metrics[f"density/layer/{name}"] = active.get(name, shape.numel()) / shape.numel()
+    if setup.method.decide is not None or setup.method.emergent:
+        new = sum(int((mask & ~earlier[k]).count_nonzero()) for k, mask in state.masks.items())
+        metrics["method/churn"] = new / max(num, 1)
+    own = setup.method.metrics(state.params, state.method, setup.hp)
+    return metrics | {f"method/{name}": float(value) for name, value in own.items()}

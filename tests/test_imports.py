@@ -1,0 +1,77 @@
+"""A module imports only from lines below its own, so that the package reads in one direction."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sparsetune
+
+ROOT = Path(sparsetune.__file__).parent
+ORDER = [
+    {"cli"},
+    {"sweep"},
+    {"progress"},
+    {"status"},
+    {"trial", "tracking"},
+    {"search.scheduler"},
+    {"search.searcher"},
+    {"search.study"},
+    {"search.journal"},
+    {"search.lock"},
+    {"config"},
+    {"space"},
+    {"checkpoint"},
+    {"trainer"},
+    {"optim", "flops"},
+    {"models", "data"},
+    {"data_files"},
+    {"methods"},
+    {"imports", "settings"},
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+HEAVY = {"ray", "optuna", "wandb", "omegaconf"}
+ALLOWED = {  # who may import what the trainer's machine may lack
+    "ray": {"sweep", "trial", "search.searcher", "search.scheduler"},
+    "optuna": {"space", "config", "search.study", "search.searcher"},
+    "wandb": {"tracking"},
+    "omegaconf": {"config", "space"},
+}
+
+
+def modules() -> list[tuple[str, str, set[str]]]:
+    """(line of ORDER, file, imported dotted names) of each module."""
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = "methods" if parts[0] == "methods" else ".".join(parts)
+        if name.endswith("__init__"):
+            continue
+        imported: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path} imports relatively"
+                imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+        found.append((name, str(path.relative_to(ROOT)), imported))
+    return found
+
+
+@pytest.mark.parametrize(("name", "file", "imported"), modules(), ids=lambda value: str(value)[:40])
+def test_imports_point_downwards(name: str, file: str, imported: set[str]) -> None:
+    assert name in LEVEL, f"{file} has no line in ORDER; give it one"
+    for other in imported:
+        head, *rest = other.split(".")
+        if head in HEAVY:
+            assert name in ALLOWED[head], f"{file} may not import {head}"
+        if head != "sparsetune" or not rest:
+            continue
+        target = "methods" if rest[0] == "methods" else ".".join(rest)
+        while target not in LEVEL and "." in target:
+            target = target.rpartition(".")[0]
+        if target == name or target not in LEVEL:
+            continue
+        assert LEVEL[target] > LEVEL[name], f"{file} imports {other}, which is not below it"
