@@ -61,8 +61,12 @@ def plain(source: data.Dataset, device: torch.device) -> Callable[[int], None]:
 def ours(name: str, source: data.Dataset, device: torch.device) -> Callable[[int], None]:
     """`trainer.train_epoch` without its validation; updates lie outside the windows."""
     settings = TrialSettings(
-        method=name, epochs=10**6, model=ModelSettings(name="lenet300100"),
-        update=UpdateSettings(every=10**9) if name in ("set", "sm", "dsr", "rigl") else UpdateSettings(),
+        method=name,
+        epochs=10**6,
+        model=ModelSettings(name="lenet300100"),
+        update=UpdateSettings(every=10**9)
+        if name in ("set", "sm", "dsr", "rigl")
+        else UpdateSettings(),
     )
     settings.data.validation = 0.0
     setup = trainer.prepare(settings, device, source)
@@ -89,8 +93,16 @@ def update_ms(name: str, source: data.Dataset, device: torch.device, repeats: in
         synchronize(device)
         began = time.perf_counter()
         lifted_update(
-            setup.method, state.params, state.masks, momenta, grads, state.method, setup.variant,
-            setup.hp, progress, update_keys(state.masks, 0, number),
+            setup.method,
+            state.params,
+            state.masks,
+            momenta,
+            grads,
+            state.method,
+            setup.variant,
+            setup.hp,
+            progress,
+            update_keys(state.masks, 0, number),
         )
         synchronize(device)
         times.append(1e3 * (time.perf_counter() - began))

@@ -66,8 +66,11 @@ def main() -> None:
                 pool.submit(
                     run,
                     TrialSettings(
-                        epochs=EPOCHS, seed=seed, data=source,
-                        model=ModelSettings(name="lenet300100"), **changes,
+                        epochs=EPOCHS,
+                        seed=seed,
+                        data=source,
+                        model=ModelSettings(name="lenet300100"),
+                        **changes,
                     ),
                 )
                 for seed in range(options.seeds)
@@ -78,8 +81,10 @@ def main() -> None:
         for label, published, _ in rows:
             accuracies, densities = zip(*(job.result() for job in jobs[label]), strict=True)
             mean = statistics.mean(accuracies)
-            beside = f"{published:9.1f}  {mean:8.2f}  {mean - published:+10.2f}" if published else (
-                f"{'-':>9}  {mean:8.2f}  {'-':>10}"
+            beside = (
+                f"{published:9.1f}  {mean:8.2f}  {mean - published:+10.2f}"
+                if published
+                else (f"{'-':>9}  {mean:8.2f}  {'-':>10}")
             )
             seeds = " ".join(f"{a:.2f}" for a in accuracies)
             print(f"{label:12} {beside}  {statistics.mean(densities):7.4f}  {seeds}", flush=True)

@@ -1,1 +1,16 @@
 """sparsetune: search the hyperparameters of sparse training methods, and compare them fairly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["trainable"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that `import sparsetune.methods` needs no more than torch and no Ray.
+    if name == "trainable":
+        from sparsetune.trial import trainable
+
+        return trainable
+    raise AttributeError(f"module 'sparsetune' has no attribute '{name}'")

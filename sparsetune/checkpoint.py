@@ -34,9 +34,7 @@ def _pack(tensors: dict[str, Tensor], indices: dict[str, Tensor]) -> dict[str, A
     return packed
 
 
-def _unpack(
-    packed: dict[str, Any], indices: dict[str, Tensor], setup: Setup
-) -> dict[str, Tensor]:
+def _unpack(packed: dict[str, Any], indices: dict[str, Tensor], setup: Setup) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in packed.items():
         if "whole" in entry:

@@ -94,13 +94,21 @@ def _preview(resolved: Any) -> str:
     for member in resolved.members:
         lines += [f"# {member.name}", yaml.safe_dump(to_dict(member.settings), sort_keys=False)]
         for number, point in enumerate(member.start_points[: member.settings.trials]):
-            lines.append(f"# trial {number}, start point {point.name}: {point.params | point.fixed}")
+            lines.append(
+                f"# trial {number}, start point {point.name}: {point.params | point.fixed}"
+            )
         begun = len(member.start_points)
         study = optuna.create_study(directions=member.directions, sampler=member.make_sampler(0))
         for number in range(begun, min(begun + 3, member.settings.trials)):
             lines.append(f"# trial {number}, such as: {member.ask(study.ask())}")
         lines.append("")
-    return "\n".join([*lines, f"# Early stopping: {resolved.scheduling.reason}.", "# Dry run: nothing was started."])
+    return "\n".join(
+        [
+            *lines,
+            f"# Early stopping: {resolved.scheduling.reason}.",
+            "# Dry run: nothing was started.",
+        ]
+    )
 
 
 def _named(words: tuple[str, ...], allowed: set[str]) -> dict[str, Any]:
@@ -111,7 +119,8 @@ def _named(words: tuple[str, ...], allowed: set[str]) -> dict[str, Any]:
     given = config.parse_words([word for word in words if "=" in word])
     for key in given:
         if key not in allowed | {"name", "storage"}:
-            raise ValueError(f"{key}: not a key of this command; allowed: {', '.join(sorted(allowed | {'name', 'storage'}))}")
+            words_allowed = ", ".join(sorted(allowed | {"name", "storage"}))
+            raise ValueError(f"{key}: not a key of this command; allowed: {words_allowed}")
     if len(names) > 1:
         raise ValueError(f"name: give one, not {len(names)}: {' '.join(names)}")
     if names:

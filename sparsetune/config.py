@@ -8,6 +8,7 @@ Over 350 lines: the settings, their limits and how they are written are one tabl
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -17,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
@@ -26,8 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsetune.imports import suggestion
 from sparsetune.methods import METHODS
 from sparsetune.methods.distribution import DISTRIBUTIONS
-from sparsetune.settings import TrialSettings
-from sparsetune.tracking import MODES, WandbSettings
+from sparsetune.settings import WANDB_MODES, TrialSettings, WandbSettings
 
 
 @dataclass
@@ -106,7 +106,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("auto", "solo"),
     "scheduler.name": ("auto", "asha", "none"),
     "sampler.name": ("tpe", "random", "gp", "nsga2"),
-    "wandb.mode": MODES,
+    "wandb.mode": WANDB_MODES,
 }
 
 
@@ -161,6 +161,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: 1 < value <= 3,
     ),
 }
+Settings = TypeVar("Settings", bound=TrialSettings)
 TYPE_NAMES = {int: "whole number", float: "number", bool: "true or false"}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # one component of a path, on any system
 
@@ -251,34 +252,57 @@ def flatten(given: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @cache
-def _structured(storage: str | None) -> Any:
-    # Takes 60 ms, its copy 9. The environment's storage is an argument because it is a default.
-    return OmegaConf.structured(SweepSettings)
-
-
-@cache
 def _scratch() -> Any:
+    """Typed by the dataclasses: a value assigned to it comes out as its key's type, or raises."""
     return OmegaConf.structured(SweepSettings)
 
 
 def build(given: Mapping[str, Any]) -> SweepSettings:
     """The settings with these dotted keys set; ValueError for a bad key or a value out of range."""
-    config = _structured(os.environ.get("SPARSETUNE_STORAGE")).copy()
+    return replaced(SweepSettings(), given)
+
+
+def replaced(settings: Settings, given: Mapping[str, Any]) -> Settings:
+    """A copy with these dotted keys set, each checked."""
+    settings = copy.deepcopy(settings)
     for key, value in given.items():
-        _assign(config, key, value)
-    settings: SweepSettings = OmegaConf.to_object(config)  # type: ignore[assignment]
+        checked = check_value(key, value)
+        group, name = open_key(key) or key.rpartition(".")[::2]
+        holder: Any = settings
+        for part in group.split(".") if group else ():
+            holder = getattr(holder, part)
+        if isinstance(holder, dict):
+            holder[name] = checked
+        else:
+            setattr(holder, name, checked)
     return settings
 
 
 def check_value(key: str, value: Any) -> Any:
     """The value as its key's type (1 becomes 1.0 for a number)."""
-    config = _scratch()
-    _assign(config, key, value)
+    check_key(key)
     opened = open_key(key)
-    found = (
-        OmegaConf.select(config, opened[0])[opened[1]] if opened else OmegaConf.select(config, key)
-    )
-    return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+    kind = float if opened and opened[0] in ("hp", "constraint") else KEYS.get(key, Any)
+    # OmegaConf takes yes and no for numbers, and so does Python.
+    if isinstance(value, bool) and kind in (int, float):
+        raise ValueError(f"{key}: '{value}' is no {TYPE_NAMES[kind]}")
+    if kind is float and isinstance(value, int):
+        value = float(value)
+    scratch = _scratch()
+    try:
+        if opened is None:
+            OmegaConf.update(scratch, key, value, merge=False)
+            found = OmegaConf.select(scratch, key)
+        else:  # what follows may hold dots, as a layer's name does
+            group = OmegaConf.select(scratch, opened[0])
+            group[opened[1]] = value
+            found = group[opened[1]]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{key}: {_why(kind, value, error)}") from error
+    found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+    if opened is None:
+        _check_limits(key, found)
+    return found
 
 
 def trial_settings(nested: Mapping[str, Any]) -> TrialSettings:
@@ -288,27 +312,7 @@ def trial_settings(nested: Mapping[str, Any]) -> TrialSettings:
         check_key(key)
         if not is_trial_key(key):
             raise ValueError(f"{key}: belongs to a sweep, not to a trial")
-    settings = build(flat)
-    names = [f.name for f in dataclasses.fields(TrialSettings)]
-    return TrialSettings(**{name: getattr(settings, name) for name in names})
-
-
-def _assign(config: Any, key: str, value: Any) -> None:
-    check_key(key)
-    opened = open_key(key)
-    kind = float if opened and opened[0] in ("hp", "constraint") else KEYS.get(key, Any)
-    # OmegaConf takes yes and no for numbers, and so does Python.
-    if isinstance(value, bool) and kind in (int, float):
-        raise ValueError(f"{key}: '{value}' is no {TYPE_NAMES[kind]}")
-    try:
-        if opened is None:
-            OmegaConf.update(config, key, value)
-        else:
-            OmegaConf.select(config, opened[0])[opened[1]] = value
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{key}: {_why(kind, value, error)}") from error
-    if opened is None:
-        _check_limits(key, OmegaConf.select(config, key))
+    return replaced(TrialSettings(), flat)
 
 
 def _why(kind: Any, value: Any, error: Exception) -> str:
@@ -352,17 +356,23 @@ def check(settings: SweepSettings) -> None:
         if name not in DIRECTIONS:
             near = suggestion(str(name), DIRECTIONS)
             raise ValueError(f"objective: no metric '{name}'{near}; known: {', '.join(DIRECTIONS)}")
-        if name.startswith("val/") and not settings.data.validation:
-            raise ValueError(
-                f"data.validation: 0 leaves no images to measure the objective {name} on; "
-                "give a share to hold out, such as data.validation=0.1"
-            )
     for name in settings.constraint:
         if name not in DIRECTIONS and not name.startswith(("density/layer/", "method/")):
             raise ValueError(
                 f"constraint: no metric '{name}'{suggestion(name, DIRECTIONS)}; known: "
                 f"{', '.join(DIRECTIONS)}, density/layer/NAME, method/NAME"
             )
+    for name in (*names, *settings.constraint):
+        if name.startswith("val/") and not settings.data.validation:
+            raise ValueError(
+                f"data.validation: 0 leaves no images to measure {name} on; give a share to hold "
+                "out, such as data.validation=0.1"
+            )
+    if settings.scheduler.name == "asha" and len(names) > 1:
+        raise ValueError(
+            f"scheduler.name: asha compares trials by one objective, and there are {len(names)}; "
+            "use scheduler.name=none"
+        )
     quarter = quarter_of(settings.epochs)
     grace = settings.scheduler.grace
     if grace and not quarter <= grace <= settings.epochs:
@@ -417,11 +427,9 @@ def _typed(word: str, key: str, value: str) -> Any:
     """A string's value is taken as typed: name=2024 and name=1e3 stay what they are."""
     if KEYS.get(key) is str:
         return value.strip()
-    if (
-        "," in value
-        and not value.lstrip().startswith(("[", "{"))
-        and (key in ("density", "objective") or _is_list(KEYS.get(key)))
-    ):
+    if value.lstrip().startswith(("[", "null")):
+        return _value(word, value)
+    if _is_list(KEYS.get(key)) or (key in ("density", "objective") and "," in value):
         value = f"[{value}]"
     return _value(word, value)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -20,8 +20,8 @@ def import_object(path: str, key: str) -> Any:
     if not module_name or not name:
         raise ValueError(f"{key}: {path!r} is no import path; write package.module:name")
     # A console script, unlike `python -m`, does not search the working directory.
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:

@@ -81,10 +81,9 @@ class Member:
 
         The seed is the sweep's for all trials: they share the split, the batches and the start.
         """
-        base = to_dict(self.settings)
         names = [f.name for f in dataclasses.fields(TrialSettings)]
-        nested = config.flatten({name: base[name] for name in names})
-        return config.trial_settings({**nested, **params, **fixed})
+        base = TrialSettings(**{name: getattr(self.settings, name) for name in names})
+        return config.replaced(base, {**params, **fixed})
 
     def configure(
         self, params: Mapping[str, Any], fixed: Mapping[str, Any], number: int
@@ -199,6 +198,8 @@ def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep
         given = _train_defaults(spaces[0], given) | given
     elif start is not None:
         raise ValueError("start: belongs to train; a sweep tries all start points first")
+    if densities and any(key.startswith("search.density.") for key in given):
+        raise ValueError("search.density: density is given, too; leave one out")
     common = {k: v for k, v in given.items() if not k.startswith(("search.", "hp.", "variant."))}
     spaces = _overridden(spaces, given, common)
     name, storage = common.get("name", ""), config.build(common).storage
@@ -335,10 +336,9 @@ def _members(one: Space, common: Mapping[str, Any], densities: list[float]) -> l
     members = []
     named: list[float | None] = [*values] or [None]
     for density in named:
-        fixed = {} if density is None else {key: density}
         # Emergent density has no setting; the one asked for is recorded where others have theirs.
-        fixed |= {"density": density} if fixed and key == DENSITY else {}
-        own = one.fix(fixed)
+        keys = (key, "density") if key == DENSITY else (key,)
+        own = one if density is None else one.fix(dict.fromkeys(keys, density))
         settings = config.build({**common, **own.fixed, **bounds, "method": one.method})
         name = f"{common.get('name', '')}/{one.name}"
         members.append(

@@ -30,9 +30,7 @@ def begin(settings: OptimizerSettings, params: dict[str, Tensor]) -> Moments:
     return Moments(first, second if settings.name == "adamw" else {})
 
 
-def learning_rate(
-    settings: ScheduleSettings, base: float, step: int, num_steps: int
-) -> float:
+def learning_rate(settings: ScheduleSettings, base: float, step: int, num_steps: int) -> float:
     """The learning rate of step 0 .. num_steps - 1; a cosine goes to zero over all steps."""
     if settings.name == "cosine":
         return base * (1 + math.cos(math.pi * step / num_steps)) / 2

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 @dataclass
 class DataSettings:
-    """Which data, and what is done to it. `path` empty means: by name (embedded or from the hub)."""
+    """Which data, and what is done to it. Without `path`: by name, embedded or from the hub."""
 
     name: str = "digits"
     path: str = ""
@@ -29,7 +29,7 @@ class DataSettings:
 
 @dataclass
 class ModelSettings:
-    """Which network. `widths` are the hidden widths of `mlp`; `args` go to a class of the user's."""
+    """Which network. `widths` are the hidden ones of `mlp`; `args` go to a class of the user's."""
 
     name: str = "mlp"
     widths: list[int] = field(default_factory=lambda: [300, 100])
@@ -95,6 +95,19 @@ class TrialSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     update: UpdateSettings = field(default_factory=UpdateSettings)
+
+
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass
+class WandbSettings:
+    """Where W&B records go; here, because no result depends on them and `wandb` loads slowly."""
+
+    mode: str = "auto"  # auto (online if logged in, else offline) | online | offline | disabled
+    project: str = "sparsetune"
+    entity: str = ""
+    tags: list[str] = field(default_factory=list)
 
 
 Settings = TypeVar("Settings")

@@ -27,12 +27,6 @@ from typing import Any, NamedTuple, Self
 import optuna
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 
 from sparsetune import config
 from sparsetune.config import KEYS
@@ -62,13 +56,6 @@ class Dimension:
     step: float | None = None
     choices: tuple[Any, ...] = ()
     when: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # dotted key -> its values
-
-    def distribution(self) -> BaseDistribution:
-        if self.low is None or self.high is None:
-            return CategoricalDistribution(self.choices)
-        if isinstance(self.low, int):
-            return IntDistribution(self.low, int(self.high), self.log, int(self.step or 1))
-        return FloatDistribution(self.low, self.high, self.log, self.step)
 
     def __contains__(self, value: Any) -> bool:
         if self.low is None or self.high is None:

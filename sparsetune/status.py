@@ -66,14 +66,17 @@ def _described(member: Member, trial: Trial) -> dict[str, Any]:
     }
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """One member: the keys that `sparsetune status --json` promises."""
+def summary(folder: Path, driven: bool = True) -> dict[str, Any]:
+    """One member: the keys that `sparsetune status --json` promises.
+
+    `driven=False` says that whoever holds the sweep's lock is about to let go.
+    """
     record = journal.load(folder)
     member = Member.from_header(record.header["member"])
     trials = record.trials.values()
     found = [_described(member, trial) for trial in front(member, record)]
     state = "finished" if is_done(record) else "interrupted"
-    if state == "interrupted" and holder(folder.parent) is not None:
+    if state == "interrupted" and driven and holder(folder.parent) is not None:
         state = "running"
     result: dict[str, Any] = {
         "name": member.name,
@@ -81,7 +84,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "trials": {"total": record.asked}
         | {status: sum(trial.status == status for trial in trials) for status in STATUSES},
         "epochs_trained": sum(len(trial.reports) for trial in trials),
-        "best": (found or None) if len(member.objectives) > 1 else (found or [None])[0],
+        "best": (found if len(member.objectives) > 1 else found[0]) if found else None,
         "device_seconds": round(
             sum(r.metrics.get("device_seconds", 0.0) for t in trials for r in t.reports), 3
         ),
@@ -169,7 +172,9 @@ def print_members(members: list[dict[str, Any]], console: Console | None = None)
             table.add_row(*row, "-", "-")
         for best in filter(None, found):
             table.add_row(*row, shown(best["value"]), str(best["trial"]))
-            notes.append(f"{member['name']} trial {best['trial']}: {settings_shown(best['config'])}")
+            notes.append(
+                f"{member['name']} trial {best['trial']}: {settings_shown(best['config'])}"
+            )
             row = [""] * len(row)  # further trials of a front stand below the first
     console.print(table)
     for note in notes:
@@ -178,4 +183,5 @@ def print_members(members: list[dict[str, Any]], console: Console | None = None)
 
 def print_result(folder: Path) -> None:
     """The table of a sweep that a driver leaves behind."""
-    print_members([summary(path) for path in member_folders(folder.parent, folder.name)])
+    folders = member_folders(folder.parent, folder.name)
+    print_members([summary(path, driven=False) for path in folders])

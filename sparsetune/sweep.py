@@ -217,8 +217,12 @@ class Recording:
                 return
             config = one.member.configure(trial.params, trial.fixed, number)
             self.tracker.start(
-                name, number, name=one.member.run_name(trial.params | trial.fixed, number),
-                group=name, job_type=config["method"], config=config | {"trial": number},
+                name,
+                number,
+                name=one.member.run_name(trial.params | trial.fixed, number),
+                group=name,
+                job_type=config["method"],
+                config=config | {"trial": number},
             )
             sent[number] = 0
         for epoch, metrics, _ in trial.reports[sent[number] :]:
@@ -262,7 +266,9 @@ def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int
         print(f"W&B records are offline; upload them by: {command}")
     records = [one.journal.record for one in members]
     if not all(is_done(record) for record in records):
-        print(f"Interrupted. Go on by: sparsetune resume {folder.name}{storage_words(folder.parent)}")
+        print(
+            f"Interrupted. Go on by: sparsetune resume {folder.name}{storage_words(folder.parent)}"
+        )
         return 130
     failed = [
         f"{one.member.name} trial {trial.number}: {trial.error}"
@@ -326,7 +332,9 @@ def train_alone(one: OpenMember, watch: Watch) -> None:
             trial_settings = one.member.trial_settings(trial.params, trial.fixed)
             folder = trial_folder(one.folder, trial.number)
             metrics: dict[str, float] = {}
-            for metrics in epochs(trial_settings, settings.device, folder, settings.checkpoint.every):
+            for metrics in epochs(
+                trial_settings, settings.device, folder, settings.checkpoint.every
+            ):
                 if metrics["epoch"] > len(trial.reports):
                     search.report(trial.number, int(metrics["epoch"]), metrics, "CONTINUE")
                 watch.progress.epoch(one.member.name, metrics, trial_settings.epochs)
@@ -354,15 +362,21 @@ def tune_all(members: list[OpenMember], watch: Watch) -> None:
     address = settings.ray.address or "local"  # plain init joins a dead cluster's stale address
     with watch.signals(), tempfile.TemporaryDirectory() as scratch:
         ray.init(
-            address=address, log_to_driver=False, logging_level=logging.ERROR,
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
             include_dashboard=False if address == "local" else None,
         )
         try:
             cpus, gpus = settings.resources.cpus, settings.resources.gpus
             slots = settings.concurrency or _places(ray.cluster_resources(), cpus, gpus)
-            searcher = JournalSearcher([search_member(one) for one in members], settings.seed, slots)
+            searcher = JournalSearcher(
+                [search_member(one) for one in members], settings.seed, slots
+            )
             scheduling = Sweep("", Path(), [one.member for one in members]).scheduling
-            asha = Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None
+            asha = (
+                Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None
+            )
             scheduler = JournalScheduler(searcher, settings.epochs, asha)
             watch.on_leave = searcher.drain
             tuner = tune.Tuner(

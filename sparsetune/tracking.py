@@ -36,24 +36,17 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
+from sparsetune.settings import WANDB_MODES, WandbSettings
+
 QUEUED = 20_000  # events waiting at most, some 40 MB; what comes on top is left to the next resume
 FLUSH_SECONDS = 0.05  # wandb-core dies at once with its driver and loses what it has not flushed
 Config = dict[str, Any]
-MODES = ("auto", "online", "offline", "disabled")
-
-
-@dataclass
-class WandbSettings:
-    mode: str = "auto"  # auto (online if logged in, else offline) | online | offline | disabled
-    project: str = "sparsetune"
-    entity: str = ""
-    tags: list[str] = field(default_factory=list)
 
 
 def resolve_mode(settings: WandbSettings) -> str:
     """online, offline or disabled. Asks nobody: `online` without a login is offline, too."""
-    if settings.mode not in MODES:
-        raise ValueError(f"wandb.mode: {settings.mode!r} is none of {', '.join(MODES)}")
+    if settings.mode not in WANDB_MODES:
+        raise ValueError(f"wandb.mode: {settings.mode!r} is none of {', '.join(WANDB_MODES)}")
     os.environ.setdefault("WANDB_SILENT", "true")  # no line of wandb's own amid our table
     known = wandb_setup.singleton().settings  # has what `wandb offline` and `wandb login` set
     mode = settings.mode if settings.mode != "auto" else os.environ.get("WANDB_MODE", known.mode)

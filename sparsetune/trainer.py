@@ -197,16 +197,29 @@ def begin(setup: Setup) -> TrialState:
     }
     zeros = {name: torch.zeros_like(params[name]) for name in masks}
     state, extra = method.init(
-        activate(params, masks, zeros, zeros), setup.sparse, targets, setup.hp,
-        seeded_noise(settings.seed, "init", device), setup.variant,
+        activate(params, masks, zeros, zeros),
+        setup.sparse,
+        targets,
+        setup.hp,
+        seeded_noise(settings.seed, "init", device),
+        setup.variant,
     )
     params |= extra
     if method.after_step is not None:
         changed, masks, _ = method.after_step(params, masks, state, setup.hp, setup.variant)
         params |= changed
     return TrialState(
-        params, buffers, optim.begin(settings.optimizer, params), masks, dict(masks), state,
-        epoch=0, step=0, updates=0, flops=0.0, diverged=False,
+        params,
+        buffers,
+        optim.begin(settings.optimizer, params),
+        masks,
+        dict(masks),
+        state,
+        epoch=0,
+        step=0,
+        updates=0,
+        flops=0.0,
+        diverged=False,
     )
 
 
@@ -222,9 +235,7 @@ def _copied(state: TrialState) -> TrialState:
 
 def _forward(setup: Setup, state: TrialState, images: Tensor) -> Tensor:
     """Logits [n, classes], float32."""
-    params = setup.method.sparsify(
-        state.params, state.masks, state.method, setup.hp, setup.variant
-    )
+    params = setup.method.sparsify(state.params, state.masks, state.method, setup.hp, setup.variant)
     half = setup.settings.train.precision == "bfloat16"
     with torch.autocast("cuda", torch.bfloat16, enabled=half and setup.device.type == "cuda"):
         own = {name: params[name] for name in setup.names} | state.buffers
@@ -236,11 +247,18 @@ def _topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialSta
     """The state after one prune-and-grow event, with the batch's dense gradients."""
     momenta = optim.momentum_of(setup.settings.optimizer, state.moments)
     changed, masks, reset, method_state = lifted_update(
-        setup.method, state.params, state.masks, momenta, grads, state.method, setup.variant,
+        setup.method,
+        state.params,
+        state.masks,
+        momenta,
+        grads,
+        state.method,
+        setup.variant,
         setup.hp,
         torch.tensor(
             setup.schedule.progress(state.step, setup.num_steps),
-            dtype=torch.float64, device=setup.device,
+            dtype=torch.float64,
+            device=setup.device,
         ),
         update_keys(state.masks, setup.settings.seed, state.updates),
     )
@@ -290,9 +308,14 @@ def _step(
                 # An update reads the dense gradient, so there the mask may not go in place.
                 grads[name] = grads[name] * gate if due else grads[name].mul_(gate)
         optim.apply_step(
-            settings.optimizer, state.params, grads, state.moments,
+            settings.optimizer,
+            state.params,
+            grads,
+            state.moments,
             {name: method.decays(name, setup.variant) for name in names},
-            optim.learning_rate(settings.schedule, settings.optimizer.lr, state.step, setup.num_steps),
+            optim.learning_rate(
+                settings.schedule, settings.optimizer.lr, state.step, setup.num_steps
+            ),
             step,
         )
         if setup.fixes_weights and not setup.masks_gradients:
@@ -330,7 +353,10 @@ def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
     order = data.epoch_order(len(setup.train_index), order_seed, state.epoch).to(setup.device)
     size = dataset.train.images.shape[-2:]
     offsets = data.augmentation(
-        settings.data.augment, len(dataset.train.labels), order_seed, state.epoch,
+        settings.data.augment,
+        len(dataset.train.labels),
+        order_seed,
+        state.epoch,
         (size[0], size[1]),
     )
     if offsets is not None:
@@ -348,7 +374,9 @@ def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
             images = data.augment(dataset.train.images[index], offsets, index)
             active_sum += active
             state, loss = _step(
-                setup, state, gates,
+                setup,
+                state,
+                gates,
                 data.to_input(images, dataset.mean, dataset.deviation, settings.data.normalize),
                 dataset.train.labels[index],
             )
@@ -400,7 +428,9 @@ def evaluate(setup: Setup, state: TrialState, arrays: data.Arrays) -> tuple[floa
     right = torch.zeros((), dtype=torch.int64, device=setup.device)
     for images, labels in zip(arrays.images.split(1000), arrays.labels.split(1000), strict=True):
         x = data.to_input(
-            images.to(setup.device), setup.dataset.mean, setup.dataset.deviation,
+            images.to(setup.device),
+            setup.dataset.mean,
+            setup.dataset.deviation,
             setup.settings.data.normalize,
         )
         labels = labels.to(setup.device)

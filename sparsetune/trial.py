@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 import tempfile
 import traceback
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from sparsetune import checkpoint, data, trainer
-from sparsetune.settings import TrialSettings, from_dict
+from sparsetune.settings import DataSettings, TrialSettings, from_dict
 from sparsetune.trainer import Metrics
 
 ATTEMPTS = 3  # of one trial under one driver; then it has failed
@@ -29,7 +28,7 @@ ATTEMPTS = 3  # of one trial under one driver; then it has failed
 @functools.lru_cache(maxsize=2)
 def _dataset(key: str) -> data.Dataset:
     """Data sets stay with a process, which trains many trials one after another."""
-    return data.load(from_dict(data.DataSettings, json.loads(key)))
+    return data.load(from_dict(DataSettings, json.loads(key)))
 
 
 def setup_of(settings: TrialSettings, device: str) -> trainer.Setup:
@@ -108,8 +107,9 @@ def trainable(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(threads)))
     setup = setup_of(settings, "auto")
     given = tune.get_checkpoint()
+    records: list[Metrics] = []
     if given is None:
-        state, records = trainer.begin(setup), []
+        state = trainer.begin(setup)
     else:
         with given.as_directory() as folder:
             state, records = checkpoint.restore(setup, Path(folder))
@@ -122,4 +122,4 @@ def trainable(config: dict[str, Any]) -> None:
 
 
 def trial_folder(member_folder: Path, number: int) -> Path:
-    return Path(os.path.abspath(member_folder)) / "trials" / f"{number:05d}"
+    return member_folder.resolve() / "trials" / f"{number:05d}"

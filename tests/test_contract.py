@@ -355,7 +355,8 @@ def slot_inputs(case: Case, dtype: torch.dtype) -> list[tuple[Any, ...]]:
 def assert_equal_trees(got: Any, expected: Any) -> None:
     assert pytree.tree_structure(got) == pytree.tree_structure(expected)
     for a, b in zip(leaves(got), leaves(expected), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
         if a.dtype == torch.bool:
             assert torch.equal(a, b)
         else:
@@ -382,10 +383,10 @@ def test_a_lifted_update_equals_the_update_of_each_model(case: Case, dtype: torc
     method, variant = METHODS[name], make_variant(METHODS[name], words)
     rows = slot_inputs(case, dtype)
 
-    def lifted(params, masks, momenta, grads, state, hp, progress, keys):  # type: ignore[no-untyped-def]
-        return lifted_update(
-            method, params, masks, momenta, grads, state, variant, hp, progress, keys
-        )
+    def lifted(
+        params: Any, masks: Any, momenta: Any, grads: Any, state: Any, hp: Any, done: Any, keys: Any
+    ) -> Any:
+        return lifted_update(method, params, masks, momenta, grads, state, variant, hp, done, keys)
 
     args = stacked([row[:8] for row in rows])
     new_params, new_masks, reset, new_state = torch.vmap(lifted)(*args)
@@ -411,7 +412,7 @@ def test_lifted_init_and_metrics_equal_those_of_each_model(case: Case) -> None:
     method, variant = METHODS[name], make_variant(METHODS[name], words)
     rows = slot_inputs(case, torch.float32)
 
-    def init(params, masks, targets, hp, keys):  # type: ignore[no-untyped-def]
+    def init(params: Any, masks: Any, targets: Any, hp: Any, keys: Any) -> Any:
         state, extra = begun(method, params, masks, targets, hp, keys, variant)
         return state, extra, method.metrics(params | extra, state, hp)
 
@@ -441,8 +442,8 @@ def test_dst_lifted_forward_gradient_and_guard_equal_those_of_each_model(case: C
     for name in SHAPES:  # one slot whose layers have collapsed
         rows[2][0][name + ".threshold"].fill_(50.0)
 
-    def step(params, masks, hp, weights):  # type: ignore[no-untyped-def]
-        def loss(p):  # type: ignore[no-untyped-def]
+    def step(params: Any, masks: Any, hp: Any, weights: Any) -> Any:
+        def loss(p: Layers) -> Tensor:
             forward = method.sparsify(p, masks, (), hp, variant)
             products = [(forward[n] * weights[n]).sum() for n in SHAPES]
             assert method.penalty is not None
@@ -502,10 +503,10 @@ def after_training(
 
 @pytest.mark.parametrize("case", cases(lambda method: method.name == "sm"))
 def test_sm_stays_within_the_number_of_layers_and_the_carried_correction(case: Case) -> None:
-    for density in (0.02, 0.1, 0.5):
+    for density in (0.02, 0.3):
         e, state, carried = example(3, density), None, 0.0
         baseline = sum(num_active(e.masks).values())
-        for number in range(8):
+        for number in range(5):
             params, masks, momenta, state = run(
                 case, e, {"prune_fraction": 0.4}, state, progress=number / 10, number=number
             )
@@ -589,7 +590,8 @@ def test_nothing_passed_in_is_changed(case: Case) -> None:
     run(case, e, given_hp, state, progress=0.5)
     run(case, e, given_hp, state, progress=0.5, number=1)
     assert_equal_trees((vars(e), state), before)
-    assert given_hp == hp and given_words == words
+    assert given_hp == hp
+    assert given_words == words
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -634,19 +636,14 @@ def one_weight_in_each_layer() -> Example:
     return example(5, density=0.0)
 
 
-def one_weight_in_one_layer() -> Example:
-    e, lone = example(6), example(6, density=0.0)
-    e.masks["conv.weight"] = lone.masks["conv.weight"]
-    return e
-
-
 def full_layers() -> Example:
     return example(7, density=1.0)
 
 
-def one_full_layer() -> Example:
-    e, full = example(8), full_layers()
+def one_full_layer_and_one_of_one_weight() -> Example:
+    e, full, lone = example(8), full_layers(), one_weight_in_each_layer()
     e.masks["fc2.weight"] = full.masks["fc2.weight"]
+    e.masks["conv.weight"] = lone.masks["conv.weight"]
     return e
 
 
@@ -683,7 +680,7 @@ def one_network_of_one_weight() -> Example:
 
 
 FINITE = [
-    sparsest, one_weight_in_each_layer, one_weight_in_one_layer, full_layers, one_full_layer,
+    sparsest, one_weight_in_each_layer, full_layers, one_full_layer_and_one_of_one_weight,
     one_absent_position, zero_momenta_and_gradients, zero_weights, equal_weights,
     one_network_of_one_weight,
 ]  # fmt: skip
@@ -724,15 +721,16 @@ HARSH: dict[str, list[dict[str, float]]] = {
 }
 
 
-def updated_twice(case: Case, make: Callable[[], Example], hp: dict[str, float]) -> None:
-    """Two updates, the counts exact and no layer empty after each."""
+def check_updates(case: Case, make: Callable[[], Example], hp: dict[str, float]) -> None:
+    """Updates at the start and the end: the counts exact and no layer empty after each."""
     name, words = case
     e, state = make(), None
     before = num_active(e.masks)
     # For GMP a tenth, or one weight in each layer where that is more.
     size = sum(mask.numel() for mask in e.masks.values())
     given = hp | target_hp(name, max(0.1, len(e.masks) / size))
-    for number, progress in enumerate((0.0, 1.0)):
+    # The harshest numbers twice, the others once on the way.
+    for number, progress in enumerate((0.0, 1.0) if hp is HARSH[name][0] else (0.5,)):
         e.params, e.masks, e.momenta, state = run(
             case, e, given, state, progress=progress, number=number
         )
@@ -752,18 +750,29 @@ def updated_twice(case: Case, make: Callable[[], Example], hp: dict[str, float])
     assert make in BROKEN or all(math.isfinite(float(scalar)) for scalar in scalars.values())
 
 
-@pytest.mark.parametrize("case", ALL)
+# Left out for time: words that no update reads, and a decay between the two others.
+HARD = [
+    c
+    for c in ALL
+    if c.values[0][1].get("threshold_decay") != "none" and c.values[0][1].get("decay") != "linear"
+]
+TIED = [zero_momenta_and_gradients, zero_weights, equal_weights]
+
+
+@pytest.mark.parametrize("case", HARD)
 def test_no_layer_empties_and_nothing_is_nan(case: Case) -> None:
-    for make, hp in itertools.product(FINITE, HARSH[case[0]]):
-        with in_case(make.__name__, hp):
-            updated_twice(case, make, hp)
+    harsh, *milder = HARSH[case[0]]
+    for make in FINITE:
+        for hp in [harsh, *(milder if make in TIED else [])]:
+            with in_case(make.__name__, hp):
+                check_updates(case, make, hp)
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", HARD)
 def test_a_diverged_trial_ends_its_update_with_exact_counts(case: Case) -> None:
     for make, hp in itertools.product(BROKEN, HARSH[case[0]]):
         with in_case(make.__name__, hp):
-            updated_twice(case, make, hp)
+            check_updates(case, make, hp)
 
 
 @pytest.mark.parametrize("case", ALL)

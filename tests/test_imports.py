@@ -15,14 +15,14 @@ ORDER = [
     {"sweep"},
     {"progress"},
     {"status"},
-    {"trial", "tracking"},
-    {"search.scheduler"},
+    {"member"},
+    {"trial", "tracking", "search.scheduler"},
     {"search.searcher"},
     {"search.study"},
     {"search.journal"},
     {"search.lock"},
-    {"config"},
     {"space"},
+    {"config"},
     {"checkpoint"},
     {"trainer"},
     {"optim", "flops"},
@@ -35,7 +35,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}
 ALLOWED = {  # who may import what the trainer's machine may lack
     "ray": {"sweep", "trial", "search.searcher", "search.scheduler"},
-    "optuna": {"space", "config", "search.study", "search.searcher"},
+    "optuna": {"cli", "member", "space", "search.study"},
     "wandb": {"tracking"},
     "omegaconf": {"config", "space"},
 }

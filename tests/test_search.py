@@ -25,7 +25,8 @@ from ray.tune.search import Searcher
 
 from sparsetune.search.journal import Journal, load, read
 from sparsetune.search.scheduler import Asha, JournalScheduler, own_metrics
-from sparsetune.search.searcher import JournalSearcher, Reraise, SearchMember, StartPoint
+from sparsetune.search.searcher import JournalSearcher, Reraise
+from sparsetune.search.study import NSGAII, SearchMember, StartPoint
 
 EPOCHS = 4
 ASHA = Asha(grace=1, reduction=2)
@@ -65,6 +66,7 @@ def measure(config: dict[str, Any], epoch: int) -> dict[str, Any]:
 PAPER = StartPoint(
     "paper", {"hp.zeta": 0.3, "optimizer.lr": 0.1, "variant.prune": "signwise"}, {"seed": 7}
 )
+HOT = StartPoint("hot", {**PAPER.params, "optimizer.lr": 0.9})
 OUTSIDE = StartPoint("seed-text", {}, {"hp.zeta": 0.99, "optimizer.lr": 0.1}, in_study=False)
 
 
@@ -73,7 +75,7 @@ def tpe(seed: int) -> optuna.samplers.BaseSampler:
 
 
 def nsga(seed: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.NSGAIISampler(seed=seed, population_size=4)
+    return NSGAII(seed=seed, population_size=4)
 
 
 OPENED: list[Journal] = []
@@ -163,6 +165,7 @@ EXPECTED = {
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.PRUNED,
     "diverged": TrialState.FAIL,
+    "failed": TrialState.FAIL,
 }
 
 
@@ -213,13 +216,14 @@ def test_a_search_ends_with_the_truth_in_journal_and_study(tmp_path: Path) -> No
             assert list(theirs.intermediate_values) == [report.epoch for report in ours.reports]
 
 
-@pytest.mark.parametrize("sampler", [tpe, nsga])
+# NSGA-II without ASHA, as with several objectives: only finished trials make generations.
+@pytest.mark.parametrize(("sampler", "asha"), [(tpe, ASHA), (nsga, None)])
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
 def test_a_killed_search_suggests_what_the_uninterrupted_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: Any, every: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: Any, asha: Asha | None, every: int
 ) -> None:
     straight, killed = tmp_path / "a" / "set", tmp_path / "b" / "set"
-    drive([member_at(straight, make_sampler=sampler)])
+    drive([member_at(straight, make_sampler=sampler)], asha=asha)
 
     append, count = Journal.append, 0
 
@@ -235,7 +239,7 @@ def test_a_killed_search_suggests_what_the_uninterrupted_one_does(
     while True:
         generations += 1
         try:
-            searcher = drive([member_at(killed, make_sampler=sampler)])
+            searcher = drive([member_at(killed, make_sampler=sampler)], asha=asha)
             break
         except Killed:
             continue
@@ -259,24 +263,23 @@ def test_a_rebuilt_study_equals_the_one_that_lived_through_it(tmp_path: Path) ->
         for epoch in range(1, epochs + 1):
             trial = SimpleNamespace(config=configs[number], trial_id=str(number))
             scheduler.on_trial_result(None, trial, measure(configs[number], epoch))
-    lived.suggest("3")
+        lived.on_trial_complete(str(number), {})
+    configs.append(lived.suggest("3"))
+    metrics = own_metrics(measure(configs[3], 1))
+    lived.searches["toy/set"].report(3, 1, metrics, "CONTINUE")
     assert lived.error is None
     rebuilt = JournalSearcher([member_at(folder, **changes)], seed=5, concurrency=3)
     studies = [searcher.searches["toy/set"].study for searcher in (lived, rebuilt)]
     assert described(studies[0]) == described(studies[1])
-    first = studies[1].get_trials()[0]
-    assert first.constraints == {"constraint": pytest.approx(-0.2)}
-    assert TrialState.RUNNING in states(rebuilt, "toy/set")
+    assert states(rebuilt, "toy/set") == [
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        TrialState.RUNNING,
+    ]
+    assert studies[1].get_trials()[0].constraints == {"constraint": pytest.approx(-0.2)}
     # Open trials come first, in number order, with the configuration they had.
-    assert [rebuilt.suggest(str(number)) for number in (1, 2, 3)] == [
-        configs[1],
-        *([configs[2]] if load(folder).trials[2].status == "running" else []),
-        *[
-            lived.searches["toy/set"].config(trial)
-            for trial in load(folder).trials.values()
-            if trial.number > 2
-        ],
-    ][:3]
+    assert [rebuilt.suggest("0"), rebuilt.suggest("1")] == [configs[1], configs[3]]
+    assert rebuilt.suggest("2")["trial"]["number"] == 4
 
 
 def test_members_progress_together(tmp_path: Path) -> None:
@@ -359,13 +362,27 @@ def test_asha_is_rebuilt_and_a_contradiction_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "toy" / "set"
-    drive([member_at(folder, trials=20)], concurrency=4)
-    searcher = JournalSearcher([member_at(folder)], seed=5, concurrency=4)
-    JournalScheduler(searcher, EPOCHS, ASHA)
+    searcher = JournalSearcher([member_at(folder)], seed=5, concurrency=2)
+    scheduler = JournalScheduler(searcher, EPOCHS, ASHA)
+    trials = [SimpleNamespace(config=searcher.suggest(key), trial_id=key) for key in ("0", "1")]
+    # The bad trial comes first and nothing is known yet; had it come second, it were stopped.
+    for trial in reversed(trials):
+        assert scheduler.on_trial_result(None, trial, measure(trial.config, 1)) == "CONTINUE"
+    again = JournalSearcher([member_at(folder)], seed=5, concurrency=2)
+    JournalScheduler(again, EPOCHS, ASHA)
     assert caplog.text == ""
-    searcher = JournalSearcher([member_at(folder)], seed=5, concurrency=4)
-    JournalScheduler(searcher, EPOCHS, Asha(grace=1, reduction=1.2))
-    assert "the first holds" in caplog.text
+    # The rungs are there: a third trial as bad as the second is stopped.
+    again = JournalSearcher([member_at(folder)], seed=5, concurrency=3)
+    scheduler = JournalScheduler(again, EPOCHS, ASHA)
+    config = [again.suggest(key) for key in ("0", "1", "2")][2]
+    bad = {"epoch": 1, "val/accuracy": -0.5, "density/all": 1.0}
+    third = SimpleNamespace(config=config, trial_id="2")
+    assert scheduler.on_trial_result(None, third, bad) == "STOP"
+
+    # Somebody edits the settings of ASHA: what was decided holds, and is said.
+    again = JournalSearcher([member_at(folder)], seed=5, concurrency=2)
+    JournalScheduler(again, EPOCHS, Asha(grace=2, reduction=2))
+    assert "trial 2, epoch 1: ASHA said STOP then and says CONTINUE now" in caplog.text
 
 
 def test_a_known_epoch_is_dropped_and_a_gap_ends_the_sweep(tmp_path: Path) -> None:
@@ -399,13 +416,15 @@ def test_failures_are_failed_not_bad_settings(tmp_path: Path) -> None:
     searcher = JournalSearcher([member_at(folder)], seed=5, concurrency=2)
     scheduler = JournalScheduler(searcher, EPOCHS, ASHA)
     trials = [
-        SimpleNamespace(config=searcher.suggest(key), trial_id=key, get_error=lambda: "a\nBoom: b")
+        SimpleNamespace(config=searcher.suggest(key), trial_id=key, error_file=tmp_path / "error")
         for key in ("0", "1")
     ]
     # The trial counted its attempts and gives up; Ray lost the other one for good.
     scheduler.on_trial_result(None, trials[0], {"failed": "OSError: no data", "attempt": 3})
+    (tmp_path / "error").write_text("Traceback\nBoom: b\n")
     scheduler.on_trial_error(None, trials[1])
     assert load(folder).trials[1].status == "running"  # Ray may try again
+    searcher.on_trial_complete("0", {})
     searcher.on_trial_complete("1", error=True)
     first, second = load(folder).trials.values()
     assert (first.status, first.attempts, first.error) == ("failed", 3, "OSError: no data")
@@ -491,6 +510,22 @@ def test_own_metrics_come_flat_and_without_rays() -> None:
     }
 
 
+def test_a_free_process_goes_to_the_newest_trial(tmp_path: Path) -> None:
+    searcher = JournalSearcher([member_at(tmp_path / "toy" / "set")], seed=5, concurrency=3)
+    scheduler = JournalScheduler(searcher, EPOCHS, None)
+    trials = [
+        SimpleNamespace(trial_id=str(number), status=status)
+        for number, status in enumerate(["RUNNING", "PENDING", "PENDING"])
+    ]
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)
+    # Trial 1 waits for a process that is starting; Ray's own order would waste it.
+    controller = SimpleNamespace(get_live_trials=lambda: trials)
+    assert scheduler.choose_trial_to_run(controller) is trials[2]
+    trials[2].status = trials[1].status = "RUNNING"
+    assert scheduler.choose_trial_to_run(controller) is None
+
+
 def test_snapshots_hold_nothing(tmp_path: Path) -> None:
     searcher = JournalSearcher([member_at(tmp_path / "toy" / "set")], seed=5, concurrency=1)
     scheduler = JournalScheduler(searcher, EPOCHS, ASHA)
@@ -508,11 +543,11 @@ def ray_session() -> Iterator[None]:
         patch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "2")
         patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
         patch.setenv("RAY_AIR_NEW_OUTPUT", "0")
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
         ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
 
 
 def trainable(config: dict[str, Any]) -> None:
@@ -570,13 +605,17 @@ def test_ray_tune_interrupted_writes_the_journal_of_the_uninterrupted_search(
     tmp_path: Path, ray_session: None
 ) -> None:
     formula, tuned = tmp_path / "a" / "set", tmp_path / "b" / "set"
-    drive([member_at(formula)])
-    for results in (6, 9):
-        with pytest.raises(Killed):
-            run_tune(tmp_path / "ray", [member_at(tuned)], 1, Dies(results))
+    drive([member_at(formula, trials=8)])
+    with pytest.raises(Killed):
+        run_tune(tmp_path / "ray", [member_at(tuned, trials=8)], 1, Dies(results=9))
+    assert [trial.status for trial in load(tuned).trials.values()].count("running") == 1
     searcher = run_tune(tmp_path / "ray", [member_at(tuned)], 1)
     assert same(formula, tuned)
-    assert TrialState.RUNNING not in states(searcher, "b/set")
+    assert set(states(searcher, "b/set")) == {
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        TrialState.FAIL,
+    }
 
 
 def test_ray_tune_runs_several_members_and_tells_optuna_the_truth(
@@ -585,23 +624,19 @@ def test_ray_tune_runs_several_members_and_tells_optuna_the_truth(
     def poisoned(how: str) -> Callable[[dict[str, Any], dict[str, Any], int], dict[str, Any]]:
         return lambda params, fixed, number: {**configure(params, fixed, number), "poison": how}
 
-    sweep = tmp_path / "toy"
+    sweep, points = tmp_path / "toy", [PAPER, OUTSIDE, HOT]
     members = [
-        member_at(sweep / "set", configure=poisoned("report")),
-        member_at(sweep / "dsr", configure=poisoned("raise")),
+        member_at(sweep / name, trials, configure=poisoned(how), start_points=points)
+        for name, trials, how in (("set", 10, "report"), ("dsr", 4, "raise"))
     ]
     searcher = run_tune(tmp_path / "ray", members, 2)
-    found = set()
-    for name, failure in (("set", "OSError: no data"), ("dsr", "OSError: no data")):
+    for name, asked in (("set", 10), ("dsr", 4)):
         trials = load(sweep / name).trials
-        assert len(trials) == 12
-        assert trials[3].status == "failed"
-        assert trials[3].error == failure
+        assert len(trials) == asked
+        assert [trials[number].status for number in (0, 2, 3)] == ["finished", "diverged", "failed"]
+        assert trials[3].error == "OSError: no data"
         in_study = [trial for trial in trials.values() if trial.in_study]
-        expected = EXPECTED | {"failed": TrialState.FAIL}
-        assert states(searcher, f"toy/{name}") == [expected[trial.status] for trial in in_study]
-        found |= {trial.status for trial in trials.values()}
-    assert found == {"finished", "stopped", "diverged", "failed"}
+        assert states(searcher, f"toy/{name}") == [EXPECTED[trial.status] for trial in in_study]
 
 
 def test_ray_tune_ends_with_the_exception_of_a_searcher(tmp_path: Path, ray_session: None) -> None:

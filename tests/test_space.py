@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from sparsetune import data, models, space, trainer
 from sparsetune.member import Member, resolve
@@ -134,14 +134,15 @@ def test_no_layer_is_empty_and_no_guard_fires_at_step_0(
 def test_both_start_points_train(
     name: str, point: str, tmp_path: Path, digits: data.Dataset
 ) -> None:
-    words = [f"start={point}", f"storage={tmp_path}", "epochs=2", "train.batch_size=64"]
+    words = [f"start={point}", f"storage={tmp_path}", "epochs=2", "train.batch_size=32"]
     one = resolve([name], words, "train").members[0]
     (start,) = one.start_points
     assert start.name == point
     setup = trainer.prepare(one.trial_settings(start.params, start.fixed), CPU, digits)
     before = trainer.begin(setup)
     state, metrics = trainer.train_epoch(setup, before)
-    assert math.isfinite(metrics["train/loss"]) and not state.diverged
+    assert math.isfinite(metrics["train/loss"])
+    assert not state.diverged
     assert any(not torch.equal(state.masks[k], before.masks[k]) for k in state.masks) or (
         name == "dsr" and state.updates  # a first H of 1e-3 may find nothing to drop
     )
@@ -169,7 +170,8 @@ def test_conditions_hold(write: Any) -> None:
         seen.add(params["variant.prune"])
         assert ("hp.threshold" in params) == (params["variant.prune"] == "threshold")
         assert ("hp.zeta" in params) != ("hp.threshold" in params)
-        assert type(params["update.every"]) is int and params["update.every"] in (10, 20, 30)
+        assert type(params["update.every"]) is int
+        assert params["update.every"] in (10, 20, 30)
         assert type(params["train.batch_size"]) is int
         assert type(params["optimizer.nesterov"]) is bool
     assert len(seen) == 3
@@ -193,7 +195,8 @@ def test_nested_and_dotted_keys_are_the_same(write: Any) -> None:
 
 def test_what_is_fixed_is_not_searched(write: Any) -> None:
     one = space.load(write("method: static\nfixed: {lr: 0.1}"))
-    assert "optimizer.lr" not in one.search and "optimizer.weight_decay" in one.search
+    assert "optimizer.lr" not in one.search
+    assert "optimizer.weight_decay" in one.search
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -270,7 +273,7 @@ def test_ranges_are_overridden() -> None:
         ("# nothing\n", "mine.yaml: is empty"),
         ("- set\n- dsr\n", "mine.yaml: holds no 'key: value' lines"),
         ("method: set\nsearch: {zeta: [1\n", "mine.yaml:3: no valid yaml: did not find expected"),
-        ("method: set\n\tfixed: 1\n", "mine.yaml:2: no valid yaml: found character"),
+        ("method: set\n\tfixed: 1\n", "mine.yaml:2: no valid yaml: found a tab"),
         ("method: set\nmethod: dsr\n", "mine.yaml:2: no valid yaml: found duplicate key method"),
         ("search: {}\nfixed: {lr: 1}\n", "mine.yaml: no 'method'; there are: set, dsr, sm"),
         ("method: sett\n", "mine.yaml: unknown method 'sett'; did you mean 'set'?; there are: set"),
@@ -285,8 +288,8 @@ def test_ranges_are_overridden() -> None:
         ("method: set\nstart: {paper: {zetta: 1}}\n", "mine.yaml: 'zetta' is no hyperparameter of"),
         ("method: set\nstart: {paper: {zeta: 2}}\n",
          "mine.yaml: start.paper: hp.zeta: 2 is out of range for method 'set'; allowed: 0 to 1"),
-        ("method: set\nstart: {paper: {prune: some}}\n", "start.paper: variant.prune: 'some' is not"),
-        ("method: set\nstart: {paper: {lr: fast}}\n", "start.paper: optimizer.lr: 'fast' is no num"),
+        ("method: set\nstart: {paper: {prune: some}}\n", "start.paper: variant.prune: 'some' is"),
+        ("method: set\nstart: {paper: {lr: fast}}\n", "start.paper: optimizer.lr: 'fast' is no n"),
     ],
 )  # fmt: skip
 def test_a_bad_file(text: str, message: str, write: Any) -> None:

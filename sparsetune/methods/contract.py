@@ -163,12 +163,12 @@ def number(default: float, low: float, high: float, meaning: str) -> Any:
     )
 
 
-Class = TypeVar("Class", bound=type)
+Class = TypeVar("Class")
 
 
-def hyperparameters(cls: Class) -> Class:
+def hyperparameters(cls: type[Class]) -> type[Class]:
     """Frozen dataclass that `torch.vmap` takes apart, so that one call serves many settings."""
-    frozen = dataclass(frozen=True)(cls)
+    frozen: type[Class] = dataclass(frozen=True)(cls)
     torch.export.register_dataclass(frozen)
     return frozen
 

@@ -123,7 +123,10 @@ METHOD = Method(
     growth=lambda variant: Growth("random", regrow_dropped=False, new_value="zero"),
     init=init,
     decide=decide,
-    metrics=lambda params, state, hp: {"threshold": state.threshold, "dropped_share": state.dropped},
+    metrics=lambda params, state, hp: {
+        "threshold": state.threshold,
+        "dropped_share": state.dropped,
+    },
     # WRN-28-2 in the authors' code: every 100 steps, doubled at epochs 25, 80 and 140 of 200,
     # stopped at 190.
     schedule=UpdateSchedule(every=100, stop=0.95, doublings=(0.125, 0.4, 0.7)),

@@ -111,7 +111,9 @@ def _size(layer: Active, hp: Any, variant: Any) -> Tensor:
     if variant.threshold_unit == "absolute" or variant.threshold_init == "zero":
         return hp.threshold
     magnitude = layer.value.abs().to(torch.float64)
-    masked = lowest(magnitude, layer.valid, torch.round(hp.threshold.clamp(max=0.9) * count(layer.valid)))
+    masked = lowest(
+        magnitude, layer.valid, torch.round(hp.threshold.clamp(max=0.9) * count(layer.valid))
+    )
     return magnitude.masked_fill(~masked, 0).amax()
 
 
@@ -180,8 +182,6 @@ METHOD = Method(
     metrics=lambda params, state, hp: {
         f"threshold/{name}": t.mean() for name, t in thresholds(params).items()
     },
-    decays=lambda name, variant: (
-        variant.threshold_decay == "shared" or not name.endswith(SUFFIX)
-    ),
+    decays=lambda name, variant: variant.threshold_decay == "shared" or not name.endswith(SUFFIX),
     emergent=True,
 )

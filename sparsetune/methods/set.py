@@ -29,7 +29,7 @@ from sparsetune.methods.contract import (
     hyperparameters,
     number,
 )
-from sparsetune.methods.ops import annealed, count, lowest
+from sparsetune.methods.ops import annealed, count, lowest, stack, total
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def decide(
         else:
             drop = _below(layer, threshold, hp, variant)
         keep[name], grow[name] = layer.valid & ~drop, count(drop)
-    dropped = sum(grow.values()) / sum(count(layer.valid) for layer in active.values())
+    num = stack({name: count(layer.valid) for name, layer in active.items()})
+    dropped = total(stack(grow)) / total(num)
     return keep, grow, State(dropped)
 
 

@@ -120,9 +120,7 @@ def decide(
     miss = state.baseline - total(num - drop + grow)
     miss_sum, updates = state.miss_sum + miss, state.updates + 1
     correction = 0.25 * state.correction + 0.75 * miss + miss_sum / updates
-    after = State(
-        state.baseline, correction, miss_sum, updates, rate, total(drop) / total(num)
-    )
+    after = State(state.baseline, correction, miss_sum, updates, rate, total(drop) / total(num))
     return keep, dict(zip(active, grow, strict=True)), after
 
 

@@ -68,7 +68,9 @@ def activate(params: Layers, masks: Layers, momenta: Layers, grads: Layers) -> d
 def _score(growth: Growth, layer: Active, keys: Keys) -> Tensor:
     """[N], largest grows first."""
     if growth.score == "random":
-        return -noise.uniform(keys.choose, torch.arange(layer.valid.shape[0], device=keys.choose.device))
+        return -noise.uniform(
+            keys.choose, torch.arange(layer.valid.shape[0], device=keys.choose.device)
+        )
     return (layer.gradient if growth.score == "gradient" else layer.momentum).abs()
 
 
@@ -182,8 +184,15 @@ def update(
 
     if method.decide is not None:
         changed, new_masks, reset, state = lifted_update(
-            method, new_params, new_masks, {**zeros, **(momenta or {})}, {**zeros, **(grads or {})},
-            state, choices, settings, torch.tensor(progress, dtype=torch.float64, device=device),
+            method,
+            new_params,
+            new_masks,
+            {**zeros, **(momenta or {})},
+            {**zeros, **(grads or {})},
+            state,
+            choices,
+            settings,
+            torch.tensor(progress, dtype=torch.float64, device=device),
             update_keys(new_masks, seed, number),
         )
         new_params |= changed

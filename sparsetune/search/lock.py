@@ -183,5 +183,5 @@ def _machine() -> str:
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # Linux alone has these
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
     return " ".join(parts)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from sparsetune.search.searcher import JournalSearcher
@@ -41,12 +42,24 @@ class JournalScheduler(FIFOScheduler):
         super().__init__()  # type: ignore[no-untyped-call]
         self._searcher = searcher
         self._epochs = epochs
+        self._arrivals: dict[str, int] = {}
         self._rungs: dict[str, _Rungs] = {}
         for name, search in searcher.searches.items():
-            self._end_what_is_over(name, search)
+            self._end_what_is_over(search)
             if asha is not None:
                 self._rungs[name] = _Rungs(search, epochs, asha)
                 self._rungs[name].replay()
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._arrivals[trial.trial_id] = len(self._arrivals)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        # The newest first: it takes the process that has just become free, while those of older
+        # trials are starting. In Ray's order an older trial takes it, its starting process is
+        # ended, and another is started for the newest; trials that are shorter than the start of
+        # a process then cost one each.
+        pending = [t for t in tune_controller.get_live_trials() if t.status == RayTrial.PENDING]
+        return max(pending, key=lambda trial: self._arrivals[trial.trial_id], default=None)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if self._searcher.error is not None:
@@ -73,7 +86,7 @@ class JournalScheduler(FIFOScheduler):
         if trial.status != "running":
             return STOP
         if result.get("failed"):
-            self._searcher.end(name, number, "failed", attempt, str(result["failed"]))
+            search.end(number, "failed", attempt, str(result["failed"]))
             return STOP
         epoch = int(result["epoch"])
         answer = STOP if self._searcher.draining else CONTINUE
@@ -89,7 +102,7 @@ class JournalScheduler(FIFOScheduler):
             decision = STOP
         search.report(number, epoch, metrics, decision)
         if status is not None:
-            self._searcher.end(name, number, status, attempt)
+            search.end(number, status, attempt)
         return STOP if decision == STOP else answer
 
     def _verdict(
@@ -102,14 +115,14 @@ class JournalScheduler(FIFOScheduler):
             return "finished"
         return "stopped" if decision == STOP else None
 
-    def _end_what_is_over(self, name: str, search: MemberSearch) -> None:
+    def _end_what_is_over(self, search: MemberSearch) -> None:
         # A driver can be killed between the last report of a trial and its end.
         for trial in list(search.record.trials.values()):
             if trial.status == "running" and trial.reports:
                 _, metrics, decision = trial.reports[-1]
                 status = self._verdict(search, search.config(trial), metrics, decision)
                 if status is not None:
-                    self._searcher.end(name, trial.number, status)
+                    search.end(trial.number, status)
 
     def save(self, checkpoint_path: str) -> None:
         pass

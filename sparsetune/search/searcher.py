@@ -55,25 +55,22 @@ class JournalSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        # Without an error, a trial that is open in the journal stays so for the next driver: it
-        # was drained. With one, Ray has given the trial up.
+        # The slot is free from here on, and not from the `end` event on: before Ray has the
+        # trial's process back, the next trial would get a new one. Without an error, a trial that
+        # is open in the journal stays so for the next driver; with one, Ray has given it up.
         name, number = self._live.pop(trial_id, ("", -1))
-        if error and name and self.error is None:
+        if not error or not name or self.error is not None:
+            return
+        search = self.searches[name]
+        if search.record.trials[number].status == "running":
             try:
-                self.searches[name].end(number, "failed", error=self._failures.get(trial_id))
+                search.end(number, "failed", error=self._failures.get(trial_id))
             except Exception as bug:  # noqa: BLE001  Reraise raises it
                 self.error = bug
 
     def failure(self, trial_id: str, text: str) -> None:
         """What to write down should Ray give this attempt up; it says so to the scheduler only."""
         self._failures[trial_id] = text
-
-    def end(
-        self, member: str, number: int, status: str, attempt: int = 1, error: str | None = None
-    ) -> None:
-        """The trial is over, though Ray may not have stopped it yet: its slot may be filled."""
-        self.searches[member].end(number, status, attempt, error)
-        self._live = {key: trial for key, trial in self._live.items() if trial != (member, number)}
 
     def _suggest(self, trial_id: str) -> Any:
         if self._open is None:  # not before the scheduler had its chance to end what is over

@@ -33,6 +33,19 @@ STATES = {
 ASKS = 5  # how often Optuna may repeat an earlier suggestion before the repetition is accepted
 
 
+class NSGAII(optuna.samplers.NSGAIISampler):
+    """NSGA-II whose parents come in number order.
+
+    Optuna's come in the order of selection when they have just been selected and in number order
+    when they are remembered, so its children depend on whether the study was rebuilt in between.
+    """
+
+    def get_parent_population(
+        self, study: optuna.Study, generation: int
+    ) -> list[optuna.trial.FrozenTrial]:
+        return sorted(super().get_parent_population(study, generation), key=lambda t: t.number)
+
+
 @dataclass
 class StartPoint:
     """A setting that is tried before Optuna's. Out of the study where it does not fit the space."""

@@ -1,0 +1,379 @@
+"""Sweeps end to end at toy size, through the command line: what is written, and what survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from wandb_files import read_runs
+
+from sparsetune import checkpoint, trial
+from sparsetune.search import journal
+from sparsetune.settings import TrialSettings, from_dict
+
+TOY = [
+    "epochs=3",
+    "data.limit=200",
+    "model.widths=[16]",
+    "train.batch_size=32",
+    "wandb.mode=offline",
+]
+LONGER = ["epochs=12", *TOY[1:]]
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "sparsetune.cli", *words]
+
+
+def run(folder: Path, *words: str, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(*words), cwd=folder, capture_output=True, text=True, timeout=300, env=environment()
+    )
+    assert check is None or done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def environment() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "SPARSETUNE_STORAGE"))}
+    return env | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(*words),
+        cwd=folder,
+        env=environment(),
+        stdout=(folder / "out").open("ab"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def reports(folder: Path) -> int:
+    """How many epochs all journals below the folder hold; 0 before there is one."""
+    return sum(path.read_bytes().count(b'"type":"report"') for path in folder.rglob(journal.FILE))
+
+
+def wait_for_reports(folder: Path, process: subprocess.Popen[bytes], num: int) -> None:
+    deadline = time.monotonic() + 120
+    while reports(folder) < num and process.poll() is None:
+        assert time.monotonic() < deadline, (folder / "out").read_text()
+        time.sleep(0.02)
+
+
+def check_complete(member: Path, trials: int, epochs: int) -> journal.Member:
+    """The asked number of trials, each ended, its epochs 1, 2, 3, ... (`load` refuses gaps)."""
+    record = journal.load(member)
+    assert [t.number for t in record.trials.values()] == list(range(trials))
+    assert all(t.status in ("finished", "diverged") for t in record.trials.values())
+    for one in record.trials.values():
+        if one.status == "finished":
+            assert [r.epoch for r in one.reports] == list(range(1, epochs + 1))
+    return record
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep of three members with three trials each."""
+    folder = tmp_path_factory.mktemp("toy")
+    run(folder, "sweep", "set", "sm", "dense", "density=0.2", "name=toy", "trials=3", *TOY)
+    return folder
+
+
+def test_a_sweep_writes_a_journal_per_member(toy: Path) -> None:
+    for member in ("set@0.2", "sm@0.2", "dense"):
+        record = check_complete(toy / "sweeps/toy" / member, trials=3, epochs=3)
+        points = ["start:paper"] if member == "dense" else ["start:paper", "start:seed-text"]
+        assert [t.origin for t in record.trials.values()][: len(points)] == points
+    metrics = record.trials[0].reports[-1].metrics
+    assert {"train/loss", "val/loss", "val/accuracy", "density/all", "device_seconds"} <= set(
+        metrics
+    )
+    assert not any(key.startswith("test/") for key in metrics)
+
+
+def test_seed_text_outside_the_space_counts_but_is_not_in_the_study(toy: Path) -> None:
+    seed_text = journal.load(toy / "sweeps/toy/set@0.2").trials[1]
+    assert seed_text.fixed["variant.prune"] == "threshold"
+    assert not seed_text.in_study
+
+
+def test_checkpoints_hold_the_trial_and_its_records(toy: Path) -> None:
+    member = toy / "sweeps/toy/set@0.2"
+    for one in journal.load(member).trials.values():
+        folder = trial.trial_folder(member, one.number)
+        assert checkpoint.saved_epochs(folder) == [3]
+        saved = torch.load(folder / "e0003.pt", weights_only=True)
+        assert [r["epoch"] for r in saved["records"]] == [1, 2, 3]
+        assert saved["records"][-1]["val/accuracy"] == one.reports[-1].metrics["val/accuracy"]
+        # Density 0.2 of 64*16 + 16*10 weights: 237 in all, stored as values with their index.
+        assert sum(len(index) for index in saved["index"].values()) == 237
+        assert set(saved["params"]["fc1.weight"]) == {"value"}
+
+
+def test_a_restored_trial_gives_the_recorded_accuracy(toy: Path) -> None:
+    record = journal.load(toy / "sweeps/toy/sm@0.2")
+    from sparsetune import trainer
+    from sparsetune.member import Member
+
+    member = Member.from_header(record.header["member"])
+    one = record.trials[2]
+    settings = from_dict(TrialSettings, member.configure(one.params, one.fixed, one.number))
+    setup = trial.setup_of(settings, "cpu")
+    state, _ = checkpoint.restore(setup, trial.trial_folder(toy / "sweeps/toy/sm@0.2", 2))
+    measured = trainer.measure(setup, state, state.masks)
+    assert measured["val/accuracy"] == pytest.approx(one.reports[-1].metrics["val/accuracy"])
+
+
+def test_wandb_has_one_run_per_trial_with_each_epoch_once(toy: Path) -> None:
+    runs = read_runs(toy / "sweeps/toy")
+    assert len(runs) == 9
+    assert {r.group for r in runs} == {"toy/set@0.2", "toy/sm@0.2", "toy/dense"}
+    for one in runs:
+        assert one.steps == [1, 2, 3]
+        assert one.job_type == one.config["method"]
+        assert one.summary["status"] == "finished"
+        assert one.summary["best/val/accuracy"] == max(row["val/accuracy"] for row in one.history)
+        assert one.config["optimizer"]["lr"] > 0
+        assert one.name.startswith(one.job_type)
+
+
+def test_status_says_what_the_journals_say(toy: Path) -> None:
+    status = json.loads(run(toy, "status", "toy", "--json").stdout)
+    assert status["name"] == "toy"
+    assert status["state"] == "finished"
+    first = status["members"][0]
+    assert first["name"] == "toy/set@0.2"
+    assert first["trials"] == {
+        "total": 3,
+        "finished": 3,
+        "running": 0,
+        "stopped": 0,
+        "diverged": 0,
+        "failed": 0,
+    }
+    assert first["epochs_trained"] == 9
+    record = journal.load(toy / "sweeps/toy/set@0.2")
+    last = {n: t.reports[-1].metrics["val/accuracy"] for n, t in record.trials.items()}
+    assert first["best"]["value"] == max(last.values()) == last[first["best"]["trial"]]
+    one = json.loads(run(toy, "status", "toy/dense", "--json").stdout)
+    assert one == status["members"][2]
+    every = json.loads(run(toy, "status", "--json").stdout)
+    assert [each["name"] for each in every["sweeps"]] == ["toy"]
+
+
+def test_an_existing_name_is_refused_with_the_command_to_resume(toy: Path) -> None:
+    before = sorted(toy.rglob("*"))
+    done = run(toy, "sweep", "set", "name=toy", *TOY, check=2)
+    assert "sparsetune resume toy" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(toy.rglob("*")) == before
+
+
+def test_a_finished_sweep_is_extended(toy: Path) -> None:
+    before = journal.load(toy / "sweeps/toy/dense")
+    run(toy, "resume", "toy", "trials=4")
+    record = check_complete(toy / "sweeps/toy/dense", trials=4, epochs=3)
+    assert record.generation == before.generation + 1
+    for number, old in before.trials.items():
+        assert record.trials[number] == old
+    assert len(read_runs(toy / "sweeps/toy")) == 12
+    refused = run(toy, "resume", "toy", "trials=2", check=2)
+    assert "trials=4 or more" in refused.stderr
+
+
+def test_interrupted_sweeps_are_resumed(tmp_path: Path) -> None:
+    """kill -9, then Ctrl-C, then on to the end: the asked number, none twice, no gap."""
+    words = ["sweep", "set", "static", "density=0.2", "name=cut", "trials=4", *LONGER]
+    words.append("scheduler.name=none")
+    process = start(tmp_path, *words)
+    wait_for_reports(tmp_path, process, 5)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process = start(tmp_path, "resume", "cut")
+    wait_for_reports(tmp_path, process, reports(tmp_path) + 15)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "out").read_text()
+    assert "sparsetune resume cut" in (tmp_path / "out").read_text()
+    assert json.loads(run(tmp_path, "status", "cut", "--json").stdout)["state"] == "interrupted"
+    run(tmp_path, "resume", "cut")
+    for member in ("set@0.2", "static@0.2"):
+        record = check_complete(tmp_path / "sweeps/cut" / member, trials=4, epochs=12)
+        assert record.generation == 3
+    runs = read_runs(tmp_path / "sweeps/cut")
+    assert len(runs) == 8
+    assert all(one.steps == list(range(1, 13)) for one in runs)
+
+
+@pytest.mark.slow
+def test_one_trial_at_a_time_killed_often_is_the_search_it_would_have_been(tmp_path: Path) -> None:
+    words = ["sweep", "set", "density=0.2", "trials=8", "concurrency=1", *LONGER]
+    run(tmp_path, *words, "name=whole")
+    process = start(tmp_path, *words, "name=killed")
+    for _ in range(5):
+        cut = tmp_path / "sweeps/killed"
+        wait_for_reports(cut, process, reports(cut) + 9)
+        process.kill()
+        process.wait()
+        process = start(tmp_path, "resume", "killed")
+    assert process.wait(300) == 0
+
+    def essence(name: str) -> list[dict[str, Any]]:
+        events = journal.read(tmp_path / f"sweeps/{name}/set@0.2")[1:]
+        return [without_times(e) for e in events if e["type"] != "driver"]
+
+    assert essence("killed") == essence("whole")
+
+
+def without_times(event: dict[str, Any]) -> dict[str, Any]:
+    event = {k: v for k, v in event.items() if k not in ("time", "seq", "attempt")}
+    if "metrics" in event:
+        event["metrics"] = {k: v for k, v in event["metrics"].items() if k != "device_seconds"}
+    return event
+
+
+def test_dense_and_ahead_but_infeasible_is_not_best(tmp_path: Path) -> None:
+    """Trial 0 keeps nearly all weights (alpha 0), trial 1 begins with a tenth of them."""
+    space = tmp_path / "two.yaml"
+    space.write_text(
+        "method: dst\n"
+        "fixed: {constraint: {density/all: 0.3}, threshold_init: constant}\n"
+        "search: {alpha: {low: 0.0, high: 0.001}, threshold: {low: 0.0, high: 0.9}}\n"
+        "start:\n"
+        "  dense: {alpha: 0.0, threshold: 0.0, lr: 0.1, weight_decay: 1e-5}\n"
+        "  sparse: {alpha: 0.001, threshold: 0.9, lr: 0.01, weight_decay: 1e-5}\n"
+    )
+    run(tmp_path, "sweep", str(space), "name=two", "trials=2", "concurrency=2", *TOY)
+    [member] = (tmp_path / "sweeps/two").glob("two*")
+    dense, sparse = check_complete(member, trials=2, epochs=3).trials.values()
+    assert dense.reports[1].metrics["val/accuracy"] > sparse.reports[1].metrics["val/accuracy"]
+    assert dense.reports[-1].metrics["density/all"] > 0.3
+    assert sparse.reports[-1].metrics["density/all"] <= 0.3
+    assert {dense.status, sparse.status} == {"finished"}
+    best = json.loads(run(tmp_path, "status", "two", "--json").stdout)["best"]
+    assert best["trial"] == 1
+
+
+def test_nothing_feasible_says_the_lowest_density(tmp_path: Path) -> None:
+    run(tmp_path, "sweep", "dst", "density=0.001", "name=none", "trials=2", *TOY)
+    status = json.loads(run(tmp_path, "status", "none", "--json").stdout)
+    assert status["best"] is None
+    assert 0.001 < status["lowest_density"] <= 1
+
+
+def test_several_objectives_give_a_front(tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        "sweep",
+        "dst",
+        "name=front",
+        "trials=4",
+        "objective=[val/accuracy,density/all]",
+        *TOY,
+    )
+    status = json.loads(run(tmp_path, "status", "front", "--json").stdout)
+    values = [entry["value"] for entry in status["best"]]
+    assert values
+    for a in values:
+        assert not any(b[0] >= a[0] and b[1] <= a[1] and b != a for b in values)
+
+
+def test_a_diverged_trial_is_a_result(tmp_path: Path) -> None:
+    run(tmp_path, "sweep", "static", "name=nan", "trials=2", "optimizer.lr=1e30", *TOY)
+    status = json.loads(run(tmp_path, "status", "nan", "--json").stdout)
+    assert status["trials"]["diverged"] == 2
+    assert {one.summary["status"] for one in read_runs(tmp_path / "sweeps/nan")} == {"diverged"}
+
+
+def test_a_bug_in_a_users_network_fails_the_trial(tmp_path: Path) -> None:
+    (tmp_path / "mynet.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, input_shape, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.fc = torch.nn.Linear(64, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        if x.device.type != 'meta':\n"
+        "            raise RuntimeError('a bug of mine')\n"
+        "        return self.fc(x.flatten(1))\n"
+    )
+    toy = [word for word in TOY if not word.startswith("model.")]
+    words = ["sweep", "static", "name=bug", "trials=1", "model.name=mynet:Net", *toy]
+    done = run(tmp_path, *words, check=1)
+    assert "a bug of mine" in done.stderr
+    status = json.loads(run(tmp_path, "status", "bug", "--json").stdout)
+    assert status["trials"]["failed"] == 1
+    [error] = tmp_path.rglob("error.txt")
+    assert "Traceback" in error.read_text()
+
+
+def test_train_needs_no_ray_and_writes_what_a_sweep_writes(tmp_path: Path) -> None:
+    done = run(tmp_path, "train", "sm", "start=seed-text", "density=0.2", *TOY)
+    assert done.stderr.count("epoch ") == 3
+    status = json.loads(run(tmp_path, "status", "train-sm-1", "--json").stdout)
+    assert status["trials"]["finished"] == 1
+    record = journal.load(tmp_path / "sweeps/train-sm-1/sm@0.2")
+    assert record.trials[0].origin == "start:seed-text"
+    [saved] = tmp_path.rglob("e0003.pt")
+    assert saved.parent.name == "00000"
+    [one] = read_runs(tmp_path / "sweeps/train-sm-1")
+    assert one.steps == [1, 2, 3]
+    run(tmp_path, "train", "sm", "density=0.2", *TOY)
+    assert (tmp_path / "sweeps/train-sm-2").is_dir()
+
+
+def test_a_killed_train_is_resumed_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    longer = ["epochs=60", *TOY[1:]]
+    run(tmp_path, "train", "dsr", "density=0.2", "name=whole", *longer)
+    process = start(tmp_path, "train", "dsr", "density=0.2", "name=cut", *longer)
+    wait_for_reports(tmp_path / "sweeps/cut", process, 5)
+    process.kill()
+    process.wait()
+    assert reports(tmp_path / "sweeps/cut") < 60
+    run(tmp_path, "resume", "cut")
+
+    def last(name: str) -> dict[str, float]:
+        record = journal.load(tmp_path / f"sweeps/{name}/dsr@0.2")
+        return {
+            k: v for k, v in record.trials[0].reports[-1].metrics.items() if k != "device_seconds"
+        }
+
+    assert last("cut") == last("whole")
+
+
+def test_trainable_in_anybodys_tuner(tmp_path: Path) -> None:
+    script = tmp_path / "tuner.py"
+    script.write_text(
+        "import ray\n"
+        "from ray import tune\n"
+        "import sparsetune\n"
+        "ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
+        "space = {'method': 'set', 'density': 0.1, 'epochs': 3,\n"
+        "         'hp': {'zeta': tune.uniform(0.1, 0.5)}, 'optimizer': {'lr': 0.1},\n"
+        "         'data': {'limit': 200}, 'model': {'widths': [16]}, 'train': {'batch_size': 32}}\n"
+        "tuner = tune.Tuner(sparsetune.trainable, param_space=space,\n"
+        "    tune_config=tune.TuneConfig(metric='val/accuracy', mode='max', num_samples=2),\n"
+        f"    run_config=tune.RunConfig(storage_path={str(tmp_path / 'ray')!r}, name='x', verbose=0))\n"
+        "results = tuner.fit()\n"
+        "assert not results.errors, results.errors\n"
+        "best = results.get_best_result()\n"
+        "assert best.metrics['epoch'] == 3 and best.checkpoint is not None\n"
+        "print('accuracy', best.metrics['val/accuracy'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "accuracy" in done.stdout
