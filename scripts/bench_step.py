@@ -3,7 +3,8 @@
 `python scripts/bench_step.py [--device cuda] [--repeats 15]`: LeNet-300-100 on MNIST-shaped random
 images, batch 128, density 0.1, SGD with momentum and weight decay, one CPU thread. Each repeat
 times a window of steps of every variant in turn; the ratio to that repeat's dense window is what
-counts, its median is printed. The plain step is nn.Linear, torch.optim.SGD and the same resident
+counts, its median is printed. On a CPU the clock is the process's CPU time (one thread), which
+other programs on the machine disturb less than wall time. The plain step is nn.Linear, torch.optim.SGD and the same resident
 uint8 data: no masks, no Python of ours. Needs torch alone.
 """
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetune import data, models, optim, trainer
+from sparsetune.memory import keep_freed_memory
 from sparsetune.methods.update import lifted_update, update_keys
 from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
 
@@ -90,8 +92,7 @@ def update_ms(name: str, source: data.Dataset, device: torch.device, repeats: in
     progress = torch.tensor(0.3, dtype=torch.float64, device=device)
     times = []
     for number in range(repeats):
-        synchronize(device)
-        began = time.perf_counter()
+        began = seconds(device)
         lifted_update(
             setup.method,
             state.params,
@@ -104,14 +105,15 @@ def update_ms(name: str, source: data.Dataset, device: torch.device, repeats: in
             progress,
             update_keys(state.masks, 0, number),
         )
-        synchronize(device)
-        times.append(1e3 * (time.perf_counter() - began))
+        times.append(1e3 * (seconds(device) - began))
     return times
 
 
-def synchronize(device: torch.device) -> None:
+def seconds(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
 
 
 def main() -> None:
@@ -121,35 +123,35 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as trials do, here for every variant, the plain one too
     device, source = torch.device(options.device), dataset()
     windows = {"plain PyTorch": plain(source, device)}
     windows |= {name: ours(name, source, device) for name in ("dense", *STEP)}
     times: dict[str, list[float]] = {name: [] for name in windows}
     for repeat in range(options.repeats + 1):
         for name, window in windows.items():
-            synchronize(device)
-            began = time.perf_counter()
+            began = seconds(device)
             window(options.steps)
-            synchronize(device)
+            took = seconds(device) - began
             if repeat:  # the first warms up
-                times[name].append((time.perf_counter() - began) / options.steps)
+                times[name].append(took / options.steps)
     base = times["plain PyTorch"]
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     print(f"{hardware}; torch {torch.__version__}; batch {BATCH}, density 0.1, 1 thread")
     print(f"{options.repeats} repeats of {options.steps} steps, interleaved; median of the ratios")
     print(f"{'variant':14} {'ms/step':>8} {'ratio':>7} {'range':>13} {'at most':>8}")
-    for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(seconds, base, strict=True)]
+    for name, per_step in times.items():
+        ratios = [a / b for a, b in zip(per_step, base, strict=True)]
         bound = f"{STEP[name]:.2f}" if name in STEP else "-"
         print(
-            f"{name:14} {1e3 * statistics.median(seconds):8.2f} {statistics.median(ratios):7.2f} "
+            f"{name:14} {1e3 * statistics.median(per_step):8.2f} {statistics.median(ratios):7.2f} "
             f"{min(ratios):6.2f}-{max(ratios):5.2f} {bound:>8}"
         )
     print(f"{'update':14} {'ms':>8} {'best':>7} {'at most':>21}")
     for name in ("set", "dsr", "sm", "rigl", "gmp"):
-        took = update_ms(name, source, device, 2 * options.repeats)[1:]
+        updates = update_ms(name, source, device, 2 * options.repeats)[1:]
         bound = f"{UPDATE_MS[name]:.0f}" if name in UPDATE_MS else "-"
-        print(f"{name:14} {statistics.median(took):8.1f} {min(took):7.1f} {bound:>21}")
+        print(f"{name:14} {statistics.median(updates):8.1f} {min(updates):7.1f} {bound:>21}")
 
 
 def processor() -> str:

@@ -26,7 +26,7 @@ from sparsetune.imports import suggestion
 from sparsetune.methods import METHODS, Method
 from sparsetune.methods.contract import make_hyperparameters, make_variant
 from sparsetune.search.journal import Journal
-from sparsetune.search.study import SearchMember, StartPoint
+from sparsetune.search.study import NSGAII, SearchMember, StartPoint
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space import Space
 from sparsetune.trainer import choose_device, layers_of, update_schedule
@@ -73,7 +73,7 @@ class Member:
                 seed=seed, n_startup_trials=startup, warn_independent_sampling=False
             )
         if name == "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=seed)
+            return NSGAII(seed=seed)
         return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, constant_liar=True)
 
     def trial_settings(self, params: Mapping[str, Any], fixed: Mapping[str, Any]) -> TrialSettings:

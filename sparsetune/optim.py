@@ -51,6 +51,7 @@ def apply_step(
 ) -> None:
     """One optimizer step (`step` counts from 1), changing params and moments in place.
 
+    `grads` are used up: their tensors hold something else afterwards.
     `decays` says which parameters weight decay applies to; SGD couples it, AdamW does not.
     """
     for name, p in params.items():
@@ -66,7 +67,7 @@ def _sgd(
     settings: OptimizerSettings, p: Tensor, grad: Tensor, buffer: Tensor, decay: float, lr: float
 ) -> None:
     if decay:
-        grad = grad.add(p, alpha=decay)
+        grad.add_(p, alpha=decay)
     buffer.mul_(settings.momentum).add_(grad)
     if settings.nesterov:
         p.add_(grad, alpha=-lr).add_(buffer, alpha=-lr * settings.momentum)

@@ -75,7 +75,7 @@ class Progress:
         return sum(len(record.order) for _, record in self._records.values())
 
     def _left(self) -> str:
-        """Time left at the pace of this driver; a trial is expected to take what ended ones took."""
+        """Time left at the pace of this driver; a trial is taken to cost what ended ones did."""
         elapsed = time.monotonic() - self._began
         done = total = ended = 0
         for _, record in self._records.values():

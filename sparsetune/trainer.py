@@ -205,9 +205,8 @@ def begin(setup: Setup) -> TrialState:
         setup.variant,
     )
     params |= extra
-    if method.after_step is not None:
-        changed, masks, _ = method.after_step(params, masks, state, setup.hp, setup.variant)
-        params |= changed
+    if method.masks_of is not None:
+        masks = method.masks_of(params)
     return TrialState(
         params,
         buffers,
@@ -284,9 +283,17 @@ def _active(masks: Layers, device: torch.device) -> Tensor:
 
 
 def _step(
-    setup: Setup, state: TrialState, gates: Layers, images: Tensor, labels: Tensor
-) -> tuple[TrialState, Tensor]:
-    """One optimizer step and what follows it; (state, cross entropy). Changes tensors in place."""
+    setup: Setup,
+    state: TrialState,
+    gates: Layers,
+    active: Tensor,
+    images: Tensor,
+    labels: Tensor,
+) -> tuple[TrialState, Tensor, Tensor]:
+    """One optimizer step and what follows it; changes tensors in place.
+
+    (state, cross entropy, active weights per sparse layer [L], where the step changes them).
+    """
     settings, method = setup.settings, setup.method
     step = state.step + 1
     logits = _forward(setup, state, images)
@@ -301,12 +308,12 @@ def _step(
     due = method.decide is not None and setup.schedule.is_due(
         step, setup.num_steps, setup.steps_per_epoch, method.closes
     )
-    dense = {name: grads[name] for name in gates} if due else {}
     with torch.no_grad():
+        # The update reads the dense gradient, which masking and the optimizer's step overwrite.
+        dense = {name: grads[name].clone() for name in gates} if due else {}
         if setup.masks_gradients:
             for name, gate in gates.items():
-                # An update reads the dense gradient, so there the mask may not go in place.
-                grads[name] = grads[name] * gate if due else grads[name].mul_(gate)
+                grads[name].mul_(gate)
         optim.apply_step(
             settings.optimizer,
             state.params,
@@ -323,17 +330,17 @@ def _step(
                 state.params[name].mul_(gate)
         state = state._replace(step=step)
         if method.after_step is not None:
-            changed, masks, reset = method.after_step(
+            changed, reset, left = method.after_step(
                 state.params, state.masks, state.method, setup.hp, setup.variant
             )
             for name, value in changed.items():
                 state.params[name].copy_(value)
             _reset(state.moments, reset)
-            ever = {name: state.ever[name] | mask for name, mask in masks.items()}
-            state = state._replace(masks=masks, ever=ever)
+            active = torch.stack(list(left.values())).to(torch.float64)
         if due:
             state = _topology_update(setup, state, dense)
-    return state, loss.detach()
+            active = _active(state.masks, setup.device)
+    return state, loss.detach(), active
 
 
 def _gates(setup: Setup, state: TrialState) -> Layers:
@@ -373,18 +380,24 @@ def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
             index = setup.train_index[places]
             images = data.augment(dataset.train.images[index], offsets, index)
             active_sum += active
-            state, loss = _step(
+            state, loss, active = _step(
                 setup,
                 state,
                 gates,
+                active,
                 data.to_input(images, dataset.mean, dataset.deviation, settings.data.normalize),
                 dataset.train.labels[index],
             )
             losses += loss
             if state.masks is not masks:
                 gates, masks = _gates(setup, state), state.masks
-                active = _active(masks, setup.device)
     num = setup.steps_per_epoch
+    if setup.method.masks_of is not None:
+        # Such masks move at every step and are looked at once an epoch: each look costs as much
+        # as a twentieth of a step.
+        masks = setup.method.masks_of({name: p.detach() for name, p in state.params.items()})
+        ever = {name: state.ever[name] | mask for name, mask in masks.items()}
+        state = state._replace(masks=masks, ever=ever)
     step_flops = _step_flops(setup, active_sum / num, state.updates - before.updates)
     state = state._replace(
         params={name: p.detach() for name, p in state.params.items()},

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from sparsetune import checkpoint, data, trainer
+from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import DataSettings, TrialSettings, from_dict
 from sparsetune.trainer import Metrics
 
@@ -32,6 +33,7 @@ def _dataset(key: str) -> data.Dataset:
 
 
 def setup_of(settings: TrialSettings, device: str) -> trainer.Setup:
+    keep_freed_memory()
     key = json.dumps(vars(settings.data), sort_keys=True)
     return trainer.prepare(settings, trainer.choose_device(device), _dataset(key))
 

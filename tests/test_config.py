@@ -132,7 +132,7 @@ def test_words(word: str, given: dict[str, Any]) -> None:
     ],
 )
 def test_a_bad_word(word: str, message: str, storage: Path) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is looked at below
+    with pytest.raises(ValueError) as caught:
         resolve(["set"], ["name=t", word], "sweep")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -191,7 +191,7 @@ def test_a_bad_word(word: str, message: str, storage: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_bad_sweep(given: list[str], message: str, storage: Path) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is looked at below
+    with pytest.raises(ValueError) as caught:
         sweep(*given)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -404,7 +404,7 @@ def test_train_on_everything_watches_the_training_loss() -> None:
     ],
 )
 def test_what_train_refuses(words: list[str], message: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is looked at below
+    with pytest.raises(ValueError) as caught:
         train("set", *words)
     assert message in str(caught.value)
 

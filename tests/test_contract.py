@@ -432,7 +432,7 @@ def test_lifted_init_and_metrics_equal_those_of_each_model(case: Case) -> None:
             assert float(picked[2][key]) == pytest.approx(float(scalar), rel=1e-6, abs=1e-12)
 
 
-DST = cases(lambda method: method.name == "dst")
+DST = [c for c in cases(lambda m: m.name == "dst") if c.values[0][1]["threshold_decay"] == "shared"]
 
 
 @pytest.mark.parametrize("case", DST)
@@ -450,14 +450,18 @@ def test_dst_lifted_forward_gradient_and_guard_equal_those_of_each_model(case: C
             return torch.stack(products).sum() + method.penalty(p, (), hp, variant)
 
         assert method.after_step is not None
-        return torch.func.grad(loss)(params), method.after_step(params, masks, (), hp, variant)
+        assert method.masks_of is not None
+        changed, reset, num = method.after_step(params, masks, (), hp, variant)
+        after = changed, method.masks_of(params | changed), reset, num
+        return torch.func.grad(loss)(params), after
 
     args = [(row[0], row[1], row[5], row[3]) for row in rows]
-    grads, (changed, masks, reset) = torch.vmap(step)(*stacked(args))
+    grads, after = torch.vmap(step)(*stacked(args))
     for slot, row in enumerate(args):
         alone_grads, alone_after = step(*row)
-        picked = pytree.tree_map(lambda t, k=slot: t[k], (changed, masks, reset))
-        assert_equal_trees(picked, alone_after)
+        assert_equal_trees(pytree.tree_map(lambda t, k=slot: t[k], after), alone_after)
+        _, masks, _, num = alone_after
+        assert {name: int(n) for name, n in num.items()} == num_active(masks)
         for name, grad in alone_grads.items():
             torch.testing.assert_close(grads[name][slot], grad, rtol=1e-5, atol=1e-6)
 
@@ -722,15 +726,16 @@ HARSH: dict[str, list[dict[str, float]]] = {
 
 
 def check_updates(case: Case, make: Callable[[], Example], hp: dict[str, float]) -> None:
-    """Updates at the start and the end: the counts exact and no layer empty after each."""
+    """Counts are exact and no layer is empty after each update."""
     name, words = case
     e, state = make(), None
     before = num_active(e.masks)
     # For GMP a tenth, or one weight in each layer where that is more.
     size = sum(mask.numel() for mask in e.masks.values())
     given = hp | target_hp(name, max(0.1, len(e.masks) / size))
-    # The harshest numbers twice, the others once on the way.
-    for number, progress in enumerate((0.0, 1.0) if hp is HARSH[name][0] else (0.5,)):
+    # The harshest numbers twice where that is hardest, the others once on the way.
+    twice = hp is HARSH[name][0] and make in (*FINITE[:4], *BROKEN)
+    for number, progress in enumerate((0.0, 1.0) if twice else (0.5,)):
         e.params, e.masks, e.momenta, state = run(
             case, e, given, state, progress=progress, number=number
         )
@@ -775,7 +780,7 @@ def test_a_diverged_trial_ends_its_update_with_exact_counts(case: Case) -> None:
             check_updates(case, make, hp)
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", HARD)
 def test_every_float_dtype_works_and_is_kept(case: Case) -> None:
     hp = settings_for(case[0], 1) | target_hp(case[0], 0.2)
     for dtype in DTYPES:

@@ -29,7 +29,7 @@ ORDER = [
     {"models", "data"},
     {"data_files"},
     {"methods"},
-    {"imports", "settings"},
+    {"imports", "memory", "settings"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsetune.methods import METHODS, dst, update
+from sparsetune.methods import METHODS, dst, noise, update
 from sparsetune.methods.contract import UpdateSchedule, make_hyperparameters, make_variant
 
 torch.set_num_threads(1)
@@ -183,6 +183,18 @@ def test_set_grows_new_values_without_momentum() -> None:
             assert len(set(grown.tolist())) == 4
 
 
+def test_sets_new_values_are_keyed_by_seed_number_and_layer() -> None:
+    # .1 * normal of the stream (seed, "value", number, layer), at the grown position.
+    for seed, number, layer in ((0, 0, "a"), (3, 0, "a"), (3, 5, "a"), (3, 5, "b")):
+        params, masks, _, _ = update(
+            METHODS["set"], {layer: row(1, 2, -3, -4, 0, 0, 0, 0)}, {layer: first(4, 8)},
+            hp={"zeta": 1.0}, seed=seed, number=number,
+        )  # fmt: skip
+        drawn = noise.normal(noise.key(seed, "value", number, layer), torch.arange(8))
+        expected = (0.1 * drawn).float() * masks[layer]
+        torch.testing.assert_close(params[layer], expected, rtol=1e-6, atol=0)
+
+
 def test_set_survivors_keep_value_and_momentum() -> None:
     # zeta .5: 1 of (1, 2) and -3 of (-3, -4) drop, 2 and -4 stay.
     weight, momentum = row(1, 2, -3, -4, 0, 0), row(1, 2, 3, 4, 5, 6)
@@ -210,12 +222,12 @@ def occurrences(
 
 def test_set_grows_uniformly_over_all_inactive_positions_the_dropped_included() -> None:
     # 4 stays of four positive; 1, 2, 3 (round(.75 * 4) = 3) and four absent make 7 places for 3.
-    found = occurrences("set", row(1, 2, 3, 4, 0, 0, 0, 0), first(4, 8), {"zeta": 0.75}, 700)
-    assert found[3] == 700
+    found = occurrences("set", row(1, 2, 3, 4, 0, 0, 0, 0), first(4, 8), {"zeta": 0.75}, 350)
+    assert found[3] == 350
     others = found[:3] + found[4:]
-    assert sum(others) == 3 * 700
-    # 300 expected at each, deviation sqrt(700 * 3/7 * 4/7) = 13.
-    assert all(abs(num - 300) < 4 * 13 for num in others)
+    assert sum(others) == 3 * 350
+    # 150 expected at each, deviation sqrt(350 * 3/7 * 4/7) = 9.3.
+    assert all(abs(num - 150) < 4 * 9.3 for num in others)
 
 
 # DSR ----------------------------------------------------------------------------------------------
@@ -385,12 +397,12 @@ def test_dsr_takes_back_dropped_positions_only_when_no_other_is_left() -> None:
 def test_dsr_grows_uniformly_and_never_where_it_has_just_dropped() -> None:
     # 0 and 1 drop; 2 of the 5 absent positions 3 .. 7 grow.
     found = occurrences(
-        "dsr", row(0.25, 0.25, 1, 0, 0, 0, 0, 0), first(3, 8), {"threshold": 0.5}, 600
+        "dsr", row(0.25, 0.25, 1, 0, 0, 0, 0, 0), first(3, 8), {"threshold": 0.5}, 300
     )
-    assert found[:3] == [0, 0, 600]
-    # 240 expected at each, deviation sqrt(600 * .4 * .6) = 12.
-    assert sum(found[3:]) == 1200
-    assert all(abs(num - 240) < 4 * 12 for num in found[3:])
+    assert found[:3] == [0, 0, 300]
+    # 120 expected at each, deviation sqrt(300 * .4 * .6) = 8.5.
+    assert sum(found[3:]) == 600
+    assert all(abs(num - 120) < 4 * 8.5 for num in found[3:])
 
 
 def test_dsrs_guard_keeps_the_largest_weight() -> None:

@@ -56,6 +56,10 @@ class UpdateSchedule:
     stop: float = 1.0
     doublings: tuple[float, ...] = ()
 
+    def last(self, num_steps: int) -> int:
+        """The step at `stop`; 0.57 of 100 steps is 57, though 0.57 * 100 is a little less."""
+        return max(1, int(self.stop * num_steps + 1e-9 * num_steps))
+
     def interval(self, step: int, num_steps: int, steps_per_epoch: int) -> int:
         """Steps between updates at `step`."""
         every = steps_per_epoch if self.every == "epoch" else int(self.every)
@@ -63,16 +67,16 @@ class UpdateSchedule:
 
     def is_due(self, step: int, num_steps: int, steps_per_epoch: int, closes: bool = False) -> bool:
         """Is the topology updated after optimizer step `step` (1 .. num_steps)?"""
-        stop = int(self.stop * num_steps)
-        if closes and step == max(stop, 1):
+        stop = self.last(num_steps)
+        if closes and step == stop:
             return True
-        if step < max(1, self.first * num_steps) or step > stop or step == num_steps:
+        if step < self.first * num_steps or step > stop or step == num_steps:
             return False
         return step % self.interval(step, num_steps, steps_per_epoch) == 0
 
     def progress(self, step: int, num_steps: int) -> float:
         """Share done of the time in which the topology changes: 0 at the start, 1 at `stop`."""
-        return min(1.0, step / max(1.0, self.stop * num_steps))
+        return min(1.0, step / self.last(num_steps))
 
 
 def _unchanged(params: Layers, masks: Layers, state: Any, hp: Any, variant: Any) -> Layers:
@@ -127,8 +131,11 @@ class Method(NamedTuple):
     """(params, state, hp, variant) -> term added to the loss."""
 
     after_step: Callable[..., tuple[Layers, Layers, Layers]] | None = None
-    """(params, masks, state, hp, variant) -> changed params, masks, and where{param: bool} the
-    backend resets the optimizer's moments (whichever the optimizer has)."""
+    """(params, masks, state, hp, variant) -> changed params, where{param: bool} the backend
+    resets the optimizer's moments (whichever the optimizer has), active weights{layer: count}."""
+
+    masks_of: Callable[[Layers], Layers] | None = None
+    """params -> masks, where they follow from the params at every step and have no updates."""
 
     metrics: Callable[..., Layers] = lambda params, state, hp: {}
     """(params, state, hp) -> scalars worth seeing."""

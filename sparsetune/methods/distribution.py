@@ -6,6 +6,7 @@ every layer. They are computed on the host, once per trial, in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -43,13 +44,22 @@ def counts(shapes: Shapes, total: int, distribution: str) -> dict[str, int]:
         )
     raw = torch.tensor([_raw(s, distribution) for s in shapes.values()], dtype=torch.float64)
     amount = torch.tensor(float(total), dtype=torch.float64)
-    fair = proportional(raw * sizes, amount, sizes)
-    # Layers that would get less than one weight get one; the others share what is left.
-    single = fair < 1
-    rest = torch.where(single, 0.0, raw * sizes)
-    shared = apportion(rest, amount - single.sum(), torch.where(single, 0.0, sizes))
+    share = raw * sizes
+    single = torch.zeros_like(share, dtype=torch.bool)
+    # Layers that would get less than one weight get one, and the others share what is left; that
+    # may bring another one below one, but each round settles a layer.
+    while bool((few := ~single & (_shared(share, amount, sizes, single) < 1)).any()):
+        single |= few
+    open_sizes = sizes.masked_fill(single, 0)
+    shared = apportion(share.masked_fill(single, 0), amount - single.sum(), open_sizes)
     whole = torch.where(single, 1.0, shared)
     return {name: int(num) for name, num in zip(shapes, whole, strict=True)}
+
+
+def _shared(share: Tensor, amount: Tensor, sizes: Tensor, single: Tensor) -> Tensor:
+    """Weights of the layers that are not `single`, not yet rounded, [L]."""
+    open_sizes = sizes.masked_fill(single, 0)
+    return proportional(share.masked_fill(single, 0), amount - single.sum(), open_sizes)
 
 
 def split_layers(weights: Shapes, dense_layers: Iterable[str]) -> tuple[Shapes, Shapes]:
@@ -85,9 +95,10 @@ def total_for(sparse: Shapes, dense: Shapes, density: float, over: str) -> int:
     whole = sum(shape.numel() for shape in dense.values()) if over == "all" else 0
     asked = round(density * (size + whole)) - whole
     if asked < len(sparse) or density > 1:
-        lowest_density = (len(sparse) + whole) / (size + whole)
+        # Rounded up, so that what the message says can be used.
+        least = math.ceil(1e7 * (len(sparse) + whole) / (size + whole)) / 1e7
         raise ValueError(
-            f"density: {density:g} cannot be reached; this network allows {lowest_density:.6g} "
+            f"density: {density:g} cannot be reached; this network allows {least:.7g} "
             f"to 1 (density_over: {over}, {whole} weights left dense, one in each sparse layer)"
         )
     return asked

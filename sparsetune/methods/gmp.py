@@ -23,7 +23,7 @@ from sparsetune.methods.contract import (
     hyperparameters,
     number,
 )
-from sparsetune.methods.ops import count, lowest
+from sparsetune.methods.ops import count, lowest, snapped
 
 
 @hyperparameters
@@ -50,7 +50,8 @@ def decide(
     active: dict[str, Active], shapes: Shapes, state: State, hp: Any, progress: Tensor, variant: Any
 ) -> tuple[Layers, Layers, State]:
     done = ((progress - hp.begin) / (1 - hp.begin)).clamp(0, 1)
-    wanted = torch.round(state.target + (state.start - state.target) * (1 - done) ** 3)
+    left = (1 - done) ** 3
+    wanted = torch.round(snapped(state.target + (state.start - state.target) * left))
     keep, grow = {}, {}
     for (name, layer), num in zip(active.items(), wanted, strict=True):
         keep[name] = lowest(-layer.value.abs(), layer.valid, num.clamp(min=1))

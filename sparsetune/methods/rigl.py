@@ -23,7 +23,7 @@ from sparsetune.methods.contract import (
     hyperparameters,
     number,
 )
-from sparsetune.methods.ops import annealed, count, lowest
+from sparsetune.methods.ops import annealed, count, lowest, snapped
 
 
 @hyperparameters
@@ -47,7 +47,7 @@ def decide(
     rate = annealed("cosine", hp.prune_fraction, 0.0, progress)
     keep, grow = {}, {}
     for name, layer in active.items():
-        grow[name] = torch.floor(rate * count(layer.valid))
+        grow[name] = torch.floor(snapped(rate * count(layer.valid)))
         keep[name] = layer.valid & ~lowest(layer.value.abs(), layer.valid, grow[name])
     return keep, grow, State(rate)
 

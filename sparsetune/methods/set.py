@@ -29,7 +29,7 @@ from sparsetune.methods.contract import (
     hyperparameters,
     number,
 )
-from sparsetune.methods.ops import annealed, count, lowest, stack, total
+from sparsetune.methods.ops import annealed, count, lowest, snapped, stack, total
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def init(
 def _signwise(layer: Active, zeta: Tensor) -> Tensor:
     positive = layer.valid & (layer.value > 0)
     negative = layer.valid & (layer.value < 0)
-    zero = layer.valid & (layer.value == 0)
-    smallest = lowest(layer.value, positive, torch.round(zeta * count(positive)))
-    largest = lowest(-layer.value, negative, torch.round(zeta * count(negative)))
+    zero = layer.valid & ~positive & ~negative
+    smallest = lowest(layer.value, positive, torch.round(snapped(zeta * count(positive))))
+    largest = lowest(-layer.value, negative, torch.round(snapped(zeta * count(negative))))
     return smallest | largest | zero
 
 
@@ -77,7 +77,7 @@ def _below(layer: Active, threshold: Tensor, hp: Any, variant: Any) -> Tensor:
         spread = (value - mean).square().masked_fill(~layer.valid, 0).sum() / num.clamp(min=1)
         threshold = threshold * spread.sqrt()
     below = count(layer.valid & (layer.value.abs() < threshold))
-    most = torch.minimum(torch.floor(hp.max_prune * num), num - 1)
+    most = torch.minimum(torch.floor(snapped(hp.max_prune * num)), num - 1)
     return lowest(layer.value.abs(), layer.valid, torch.minimum(below, most))
 
 
@@ -91,7 +91,7 @@ def decide(
         if variant.prune == "signwise":
             drop = _signwise(layer, zeta)
         elif variant.prune == "magnitude":
-            wanted = torch.round(zeta * count(layer.valid))
+            wanted = torch.round(snapped(zeta * count(layer.valid)))
             drop = lowest(layer.value.abs(), layer.valid, wanted)
         else:
             drop = _below(layer, threshold, hp, variant)

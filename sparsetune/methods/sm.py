@@ -32,10 +32,12 @@ from sparsetune.methods.contract import (
     number,
 )
 from sparsetune.methods.ops import (
+    ROUNDING,
     annealed,
     count,
     lowest,
     mean_magnitude,
+    snapped,
     stack,
     total,
     water_fill,
@@ -103,15 +105,15 @@ def decide(
     end = LOWEST_RATE if variant.decay == "cosine" else 0.0
     rate = annealed(variant.decay, hp.prune_fraction, end, progress)
     sparsity = 1 - num / sizes
-    guarded = (sparsity < NEARLY_DENSE) & (shares > 1 / len(active))
+    guarded = (sparsity < NEARLY_DENSE - ROUNDING) & (shares > 1 / len(active) + ROUNDING)
     rates = torch.where(guarded, torch.minimum(sparsity, rate), rate)
-    drop = torch.minimum(torch.ceil(rates * num), num - 1)
+    drop = torch.minimum(torch.ceil(snapped(rates * num)), num - 1)
 
     if variant.redistribution == "none":
         grow = drop
     else:
-        wanted = torch.ceil(shares * (total(drop) + state.correction)).clamp(min=0)
-        grow = torch.floor(water_fill(wanted, FILL * (sizes - num + drop)))
+        wanted = torch.ceil(snapped(shares * (total(drop) + state.correction))).clamp(min=0)
+        grow = torch.floor(snapped(water_fill(wanted, FILL * (sizes - num + drop))))
 
     keep = {
         name: layer.valid & ~lowest(layer.value.abs(), layer.valid, k)

@@ -65,24 +65,24 @@ def activate(params: Layers, masks: Layers, momenta: Layers, grads: Layers) -> d
     }
 
 
-def _score(growth: Growth, layer: Active, keys: Keys) -> Tensor:
-    """[N], largest grows first."""
+def _order(growth: Growth, layer: Active, keys: Keys) -> Tensor:
+    """[N], lowest grows first."""
     if growth.score == "random":
-        return -noise.uniform(
+        return noise.uniform(
             keys.choose, torch.arange(layer.valid.shape[0], device=keys.choose.device)
         )
-    return (layer.gradient if growth.score == "gradient" else layer.momentum).abs()
+    return -(layer.gradient if growth.score == "gradient" else layer.momentum).abs()
 
 
 def _grow(growth: Growth, layer: Active, keep: Tensor, num: Tensor, keys: Keys) -> Tensor:
     """[N] bool: the `num` positions that grow."""
-    score = _score(growth, layer, keys)
+    order = _order(growth, layer, keys)
     if growth.regrow_dropped:
-        return lowest(-score, ~keep, num)
+        return lowest(order, ~keep, num)
     absent = ~layer.valid
-    first = lowest(-score, absent, num)
+    first = lowest(order, absent, num)
     more = num - torch.minimum(num, absent.sum())
-    return first | lowest(-score, layer.valid & ~keep, more)
+    return first | lowest(order, layer.valid & ~keep, more)
 
 
 def lifted_update(
@@ -108,18 +108,19 @@ def lifted_update(
     growth = method.growth(variant)
     new_params, new_masks, reset = {}, {}, {}
     for name, layer in active.items():
-        mask, kept = keep[name], layer.valid & keep[name]
-        value = layer.value.masked_fill(~kept, 0)
+        mask = kept = layer.valid & keep[name]
+        survivors, new = kept, torch.zeros((), dtype=layer.value.dtype, device=kept.device)
         if growth is not None:
-            grown = _grow(growth, layer, keep[name], grow[name], keys[name])
-            mask = keep[name] | grown
+            grown = _grow(growth, layer, kept, grow[name], keys[name])
+            mask = kept | grown
             if growth.new_value == "normal":
-                drawn = NEW_WEIGHT_DEVIATION * noise.normal_where(keys[name].value, grown)
-                value = torch.where(grown, drawn.to(value.dtype), value)
+                drawn = noise.normal_where(keys[name].value, grown)
+                new = drawn.mul_(NEW_WEIGHT_DEVIATION).to(layer.value.dtype)
             elif growth.new_value == "keep":
-                value = torch.where(grown & layer.valid, layer.value, value)
+                survivors = mask & layer.valid
         shape = shapes[name]
-        new_params[name], new_masks[name] = value.view(shape), mask.view(shape)
+        new_params[name] = (layer.value * survivors + new).view(shape)
+        new_masks[name] = mask.view(shape)
         # A dense gradient at every step fills the moments of absent weights, on purpose.
         if method.dense_gradient(variant) != "always":
             reset[name] = ~kept.view(shape)
@@ -197,12 +198,12 @@ def update(
         )
         new_params |= changed
     elif method.after_step is not None:
-        changed, new_masks, reset = method.after_step(
-            new_params, new_masks, state, settings, choices
-        )
+        changed, reset, _ = method.after_step(new_params, new_masks, state, settings, choices)
         new_params |= changed
     else:
         reset = {}
+    if method.masks_of is not None:
+        new_masks = method.masks_of(new_params)
     new_momenta = None
     if momenta is not None:
         new_momenta = {
