@@ -4,8 +4,8 @@
 images, batch 128, density 0.1, SGD with momentum and weight decay, one CPU thread. Each repeat
 times a window of steps of every variant in turn; the ratio to that repeat's dense window is what
 counts, its median is printed. On a CPU the clock is the process's CPU time (one thread), which
-other programs on the machine disturb less than wall time. The plain step is nn.Linear, torch.optim.SGD and the same resident
-uint8 data: no masks, no Python of ours. Needs torch alone.
+other programs on the machine disturb less than wall time. The plain step is nn.Linear,
+torch.optim.SGD and the same resident uint8 data: no masks, no Python of ours. Needs torch alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparsetune import data, models, optim, trainer
 from sparsetune.memory import keep_freed_memory
-from sparsetune.methods.update import lifted_update, update_keys
+from sparsetune.methods.update import update_alone, update_keys
 from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
 
 BATCH = 128
@@ -93,7 +93,7 @@ def update_ms(name: str, source: data.Dataset, device: torch.device, repeats: in
     times = []
     for number in range(repeats):
         began = seconds(device)
-        lifted_update(
+        update_alone(
             setup.method,
             state.params,
             state.masks,

@@ -373,6 +373,7 @@ def tune_all(members: list[OpenMember], watch: Watch) -> None:
             searcher = JournalSearcher(
                 [search_member(one) for one in members], settings.seed, slots
             )
+            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
             scheduling = Sweep("", Path(), [one.member for one in members]).scheduling
             asha = (
                 Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None

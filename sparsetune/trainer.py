@@ -28,7 +28,7 @@ from sparsetune.methods.contract import (
     make_variant,
 )
 from sparsetune.methods.distribution import counts, random_masks, split_layers, total_for
-from sparsetune.methods.update import activate, lifted_update, seeded_noise, update_keys
+from sparsetune.methods.update import activate, seeded_noise, update_alone, update_keys
 from sparsetune.settings import TrialSettings
 
 Metrics = dict[str, float]
@@ -226,26 +226,30 @@ def _copied(state: TrialState) -> TrialState:
     """A state whose tensors this epoch may change in place."""
     first, second = ({k: t.clone() for k, t in moment.items()} for moment in state.moments)
     return state._replace(
-        params={k: t.detach().clone().requires_grad_() for k, t in state.params.items()},
+        params={k: t.clone() for k, t in state.params.items()},
         buffers={k: t.clone() for k, t in state.buffers.items()},
         moments=optim.Moments(first, second),
     )
 
 
-def _forward(setup: Setup, state: TrialState, images: Tensor) -> Tensor:
-    """Logits [n, classes], float32."""
-    params = setup.method.sparsify(state.params, state.masks, state.method, setup.hp, setup.variant)
+def _forward_params(setup: Setup, state: TrialState, gates: Layers) -> Layers:
+    """The params that the network computes with."""
+    params = setup.method.sparsify(state.params, gates, state.method, setup.hp, setup.variant)
+    return {name: params[name] for name in setup.names}
+
+
+def _logits(setup: Setup, params: Layers, buffers: Layers, images: Tensor) -> Tensor:
+    """[n, classes], float32."""
     half = setup.settings.train.precision == "bfloat16"
     with torch.autocast("cuda", torch.bfloat16, enabled=half and setup.device.type == "cuda"):
-        own = {name: params[name] for name in setup.names} | state.buffers
-        logits: Tensor = functional_call(setup.model, own, (images,))
+        logits: Tensor = functional_call(setup.model, params | buffers, (images,))
     return logits.float()
 
 
 def _topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialState:
     """The state after one prune-and-grow event, with the batch's dense gradients."""
     momenta = optim.momentum_of(setup.settings.optimizer, state.moments)
-    changed, masks, reset, method_state = lifted_update(
+    changed, masks, reset, method_state = update_alone(
         setup.method,
         state.params,
         state.masks,
@@ -275,42 +279,38 @@ def _reset(moments: optim.Moments, where: Layers) -> None:
                 moment[name].masked_fill_(where[name], 0)
 
 
-def _active(masks: Layers, device: torch.device) -> Tensor:
+def _active(setup: Setup, gates: Layers) -> Tensor:
     """Active weights of each sparse layer, float64 [L]."""
-    if not masks:
-        return torch.zeros(0, dtype=torch.float64, device=device)
-    return torch.stack([mask.count_nonzero() for mask in masks.values()]).to(torch.float64)
+    counts = [
+        gates[name].flatten(1).sum(1).sum(dtype=torch.float64)
+        if name in gates
+        else torch.tensor(float(shape.numel()), dtype=torch.float64, device=setup.device)
+        for name, shape in setup.sparse.items()
+    ]
+    return torch.stack(counts) if counts else torch.zeros(0, dtype=torch.float64)
 
 
 def _step(
-    setup: Setup,
-    state: TrialState,
-    gates: Layers,
-    active: Tensor,
-    images: Tensor,
-    labels: Tensor,
-) -> tuple[TrialState, Tensor, Tensor]:
-    """One optimizer step and what follows it; changes tensors in place.
+    setup: Setup, state: TrialState, gates: Layers, images: Tensor, labels: Tensor
+) -> tuple[TrialState, Layers, Tensor]:
+    """One optimizer step and what follows it: (state, gates, cross entropy).
 
-    (state, cross entropy, active weights per sparse layer [L], where the step changes them).
+    Changes tensors in place; `gates` come back as the same object where no mask changed.
     """
     settings, method = setup.settings, setup.method
     step = state.step + 1
-    logits = _forward(setup, state, images)
-    loss = F.cross_entropy(logits, labels)
-    objective = loss
-    if method.penalty is not None:
-        objective = loss + method.penalty(state.params, state.method, setup.hp, setup.variant)
-    names = list(state.params)
-    grads = dict(
-        zip(names, torch.autograd.grad(objective, list(state.params.values())), strict=True)
-    )
+    params = _forward_params(setup, state, gates)
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    loss = F.cross_entropy(_logits(setup, leaves, state.buffers, images), labels)
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     due = method.decide is not None and setup.schedule.is_due(
         step, setup.num_steps, setup.steps_per_epoch, method.closes
     )
     with torch.no_grad():
         # The update reads the dense gradient, which masking and the optimizer's step overwrite.
         dense = {name: grads[name].clone() for name in gates} if due else {}
+        if method.pull_back is not None:
+            grads = method.pull_back(grads, state.params, gates, setup.hp, setup.variant)
         if setup.masks_gradients:
             for name, gate in gates.items():
                 grads[name].mul_(gate)
@@ -319,7 +319,7 @@ def _step(
             state.params,
             grads,
             state.moments,
-            {name: method.decays(name, setup.variant) for name in names},
+            {name: method.decays(name, setup.variant) for name in state.params},
             optim.learning_rate(
                 settings.schedule, settings.optimizer.lr, state.step, setup.num_steps
             ),
@@ -330,22 +330,21 @@ def _step(
                 state.params[name].mul_(gate)
         state = state._replace(step=step)
         if method.after_step is not None:
-            changed, reset, left = method.after_step(
-                state.params, state.masks, state.method, setup.hp, setup.variant
+            changed, gates, reset = method.after_step(
+                state.params, state.method, setup.hp, setup.variant
             )
             for name, value in changed.items():
                 state.params[name].copy_(value)
             _reset(state.moments, reset)
-            active = torch.stack(list(left.values())).to(torch.float64)
         if due:
             state = _topology_update(setup, state, dense)
-            active = _active(state.masks, setup.device)
-    return state, loss.detach(), active
+            gates = _gates(setup, state)
+    return state, gates, loss.detach()
 
 
 def _gates(setup: Setup, state: TrialState) -> Layers:
-    """Masks as floats, where weights or gradients are multiplied by them."""
-    if not setup.fixes_weights:
+    """Masks as 0 and 1 in float, what weights or gradients are multiplied by; none for dense."""
+    if not setup.fixes_weights and setup.method.masks_of is None:
         return {}
     return {name: mask.to(state.params[name].dtype) for name, mask in state.masks.items()}
 
@@ -369,8 +368,8 @@ def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
     if offsets is not None:
         offsets = offsets.to(setup.device)
     setup.model.train()
-    gates, masks = _gates(setup, state), state.masks
-    active = _active(masks, setup.device)
+    gates = _gates(setup, state)
+    active = _active(setup, gates)
     active_sum = torch.zeros_like(active)
     losses = torch.zeros((), dtype=torch.float64, device=setup.device)
     with torch.random.fork_rng(devices=[setup.device] if setup.device.type == "cuda" else []):
@@ -380,27 +379,26 @@ def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
             index = setup.train_index[places]
             images = data.augment(dataset.train.images[index], offsets, index)
             active_sum += active
-            state, loss, active = _step(
+            held = gates
+            state, gates, loss = _step(
                 setup,
                 state,
                 gates,
-                active,
                 data.to_input(images, dataset.mean, dataset.deviation, settings.data.normalize),
                 dataset.train.labels[index],
             )
             losses += loss
-            if state.masks is not masks:
-                gates, masks = _gates(setup, state), state.masks
+            if gates is not held:
+                active = _active(setup, gates)
     num = setup.steps_per_epoch
     if setup.method.masks_of is not None:
         # Such masks move at every step and are looked at once an epoch: each look costs as much
         # as a twentieth of a step.
-        masks = setup.method.masks_of({name: p.detach() for name, p in state.params.items()})
+        masks = setup.method.masks_of(state.params)
         ever = {name: state.ever[name] | mask for name, mask in masks.items()}
         state = state._replace(masks=masks, ever=ever)
     step_flops = _step_flops(setup, active_sum / num, state.updates - before.updates)
     state = state._replace(
-        params={name: p.detach() for name, p in state.params.items()},
         epoch=state.epoch + 1,
         flops=state.flops + step_flops * num * min(settings.train.batch_size, len(order)),
     )
@@ -437,6 +435,7 @@ def _step_flops(setup: Setup, active: Tensor, updates: int) -> float:
 def evaluate(setup: Setup, state: TrialState, arrays: data.Arrays) -> tuple[float, float]:
     """(mean cross entropy, share classified right) of uint8 images on any device."""
     setup.model.eval()
+    params = _forward_params(setup, state, _gates(setup, state))
     loss = torch.zeros((), dtype=torch.float64, device=setup.device)
     right = torch.zeros((), dtype=torch.int64, device=setup.device)
     for images, labels in zip(arrays.images.split(1000), arrays.labels.split(1000), strict=True):
@@ -447,7 +446,7 @@ def evaluate(setup: Setup, state: TrialState, arrays: data.Arrays) -> tuple[floa
             setup.settings.data.normalize,
         )
         labels = labels.to(setup.device)
-        logits = _forward(setup, state, x)
+        logits = _logits(setup, params, state.buffers, x)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         right += (logits.argmax(1) == labels).sum()
     num = len(arrays.labels)

@@ -360,7 +360,7 @@ def test_trainable_in_anybodys_tuner(tmp_path: Path) -> None:
         "         'data': {'limit': 200}, 'model': {'widths': [16]}, 'train': {'batch_size': 32}}\n"
         "tuner = tune.Tuner(sparsetune.trainable, param_space=space,\n"
         "    tune_config=tune.TuneConfig(metric='val/accuracy', mode='max', num_samples=2),\n"
-        f"    run_config=tune.RunConfig(storage_path={str(tmp_path / 'ray')!r}, name='x', verbose=0))\n"
+        f"    run_config=tune.RunConfig(storage_path={str(tmp_path)!r}, name='x', verbose=0))\n"
         "results = tuner.fit()\n"
         "assert not results.errors, results.errors\n"
         "best = results.get_best_result()\n"

@@ -79,7 +79,7 @@ class UpdateSchedule:
         return min(1.0, step / self.last(num_steps))
 
 
-def _unchanged(params: Layers, masks: Layers, state: Any, hp: Any, variant: Any) -> Layers:
+def _unchanged(params: Layers, gates: Layers, state: Any, hp: Any, variant: Any) -> Layers:
     return params
 
 
@@ -125,17 +125,21 @@ class Method(NamedTuple):
     grow{layer: float64 count}, state."""
 
     sparsify: Callable[..., Layers] = _unchanged
-    """(params, masks, state, hp, variant) -> params of the forward pass; differentiable."""
+    """(params, gates, state, hp, variant) -> params of the forward pass. Gates are the masks as 0
+    and 1 of the params' dtype, and belong to these params."""
 
-    penalty: Callable[..., Tensor] | None = None
-    """(params, state, hp, variant) -> term added to the loss."""
+    pull_back: Callable[..., Layers] | None = None
+    """(grads, params, gates, hp, variant) -> gradients of all that is trained, from those of the
+    loss at the params of the forward pass (which are used up); terms that the method adds to the
+    loss included. None: the same gradients. In closed form, because autograd takes twice as long
+    over it and an autograd.Function cannot be compiled under vmap."""
 
     after_step: Callable[..., tuple[Layers, Layers, Layers]] | None = None
-    """(params, masks, state, hp, variant) -> changed params, where{param: bool} the backend
-    resets the optimizer's moments (whichever the optimizer has), active weights{layer: count}."""
+    """(params, state, hp, variant) -> changed params, gates, and where{param: bool} the backend
+    resets the optimizer's moments (whichever the optimizer has)."""
 
     masks_of: Callable[[Layers], Layers] | None = None
-    """params -> masks, where they follow from the params at every step and have no updates."""
+    """params -> masks (bool), for methods with `after_step`: what their gates say."""
 
     metrics: Callable[..., Layers] = lambda params, state, hp: {}
     """(params, state, hp) -> scalars worth seeing."""

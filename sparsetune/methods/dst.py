@@ -68,50 +68,18 @@ def masks_of(params: Layers) -> Layers:
     return {k: params[k].abs() > aligned(t, params[k]) for k, t in thresholds(params).items()}
 
 
-def above_(x: Tensor) -> Tensor:
-    """1.0 where x > 0, else 0.0, in place. Float arithmetic: comparisons, and `where` with a mask
-    that follows no pattern, take six to thirty times as long on a CPU."""
-    return x.sign_().clamp_(min=0)
+def gate(weight: Tensor, t: Tensor) -> Tensor:
+    """1.0 where |w| - t > 0, else 0.0. Float arithmetic in place: comparisons, and `where` with a
+    mask that follows no pattern, take six to thirty times as long on a CPU."""
+    return weight.abs().sub_(aligned(t, weight)).sign_().clamp_(min=0)
 
 
 def step_derivative(x: Tensor) -> Tensor:
     """H(x), equation 6; H(1) = 0.4."""
     size = x.abs()
     slope = torch.rsub(size, 2, alpha=4).clamp_(min=0.4)
-    return slope.addcmul_(slope, above_(size.sub_(1)), value=-1)
-
-
-class MaskedWeight(torch.autograd.Function):
-    """w where |w| > t, else 0, with H for the derivative of the step.
-
-    Written out because autograd, over the same value plus a term that is zero and has this
-    gradient, takes twice as long on a CPU.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, t: Tensor) -> Tensor:
-        return above_(weight.abs().sub_(aligned(t, weight))).mul_(weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """G the gradient at the masked weight: dw = G M + G w H sign(w), dt = -sum G w H."""
-        weight, t = ctx.saved_tensors
-        size = weight.abs()
-        x = size - aligned(t, weight)
-        pulled = step_derivative(x).mul_(grad)
-        weight_grad = above_(x).mul_(grad).addcmul_(pulled, size)
-        t_grad = pulled.mul_(weight)
-        if t.dim() == 0:
-            t_grad = t_grad.sum()
-        elif t.dim() < weight.dim():
-            t_grad = t_grad.flatten(1).sum(1)
-        return weight_grad, -t_grad
+    # Beyond 1 the shrunk size is the size itself, which brings any slope below zero.
+    return slope.sub_(torch.nn.functional.hardshrink(size, 1.0)).clamp_(min=0)
 
 
 def _size(layer: Active, hp: Any, variant: Any) -> Tensor:
@@ -142,41 +110,51 @@ def init(
             unit = noise(name, unit.numel()).view(shape)
         extra[name + SUFFIX] = (unit * _size(layer, hp, variant)).to(layer.value.dtype)
         weight, t = layer.value.view(shapes[name]), extra[name + SUFFIX]
-        extra[name + SUFFIX] = t.masked_fill(_collapsed(_left(weight, t), weight, variant), 0)
+        extra[name + SUFFIX] = t.masked_fill(_collapsed(gate(weight, t), variant), 0)
     return (), extra
 
 
-def _left(weight: Tensor, t: Tensor) -> Tensor:
-    """How many weights of a layer are not masked, 0-d."""
-    return above_(weight.abs().sub_(aligned(t, weight))).sum()
-
-
-def _collapsed(left: Tensor, weight: Tensor, variant: Any) -> Tensor:
+def _collapsed(gate: Tensor, variant: Any) -> Tensor:
     """Is the guard to open the layer? 0-d bool."""
-    return (left <= GUARD_DENSITY * weight.numel()) & (variant.guard == "on")
+    return (gate.sum() <= GUARD_DENSITY * gate.numel()) & (variant.guard == "on")
 
 
-def sparsify(params: Layers, masks: Layers, state: Any, hp: Any, variant: Any) -> Layers:
-    masked = {name: MaskedWeight.apply(params[name], t) for name, t in thresholds(params).items()}
-    return {**params, **masked}
+def sparsify(params: Layers, gates: Layers, state: Any, hp: Any, variant: Any) -> Layers:
+    return {**params, **{name: params[name] * gates[name] for name in thresholds(params)}}
 
 
-def penalty(params: Layers, state: Any, hp: Any, variant: Any) -> Tensor:
-    every = torch.cat([t.flatten() for t in thresholds(params).values()])
-    return hp.alpha * torch.exp(-every).sum()
+def pull_back(grads: Layers, params: Layers, gates: Layers, hp: Any, variant: Any) -> Layers:
+    """With G the gradient at the masked weight (section 3.3, and equation 7 for the last term):
 
-
-def after_step(
-    params: Layers, masks: Layers, state: Any, hp: Any, variant: Any
-) -> tuple[Layers, Layers, Layers]:
-    changed, reset, active = {}, {}, {}
+    dw = G M + G w H sign(w),  dt = -sum of G w H over the weights of t  - alpha exp(-t)
+    """
+    pulled = dict(grads)
     for name, t in thresholds(params).items():
-        left = _left(params[name], t)
-        collapsed = _collapsed(left, params[name], variant)
+        weight, grad = params[name], grads[name]
+        size = weight.abs()
+        slope = step_derivative(size - aligned(t, weight))
+        structure = slope * weight
+        if t.dim() == weight.dim():
+            t_grad = structure.mul_(grad)
+        elif t.dim() == 1:
+            t_grad = torch.linalg.vecdot(structure.flatten(1), grad.flatten(1))
+        else:
+            t_grad = torch.linalg.vecdot(structure.flatten(), grad.flatten())
+        pulled[name] = slope.mul_(size).add_(gates[name]).mul_(grad)
+        pulled[name + SUFFIX] = -t_grad - hp.alpha * torch.exp(-t)
+    return pulled
+
+
+def after_step(params: Layers, state: Any, hp: Any, variant: Any) -> tuple[Layers, Layers, Layers]:
+    changed, gates, reset = {}, {}, {}
+    for name, t in thresholds(params).items():
+        gates[name] = gate(params[name], t)
+        collapsed = _collapsed(gates[name], variant)
         changed[name + SUFFIX] = t.masked_fill(collapsed, 0)
         reset[name + SUFFIX] = collapsed.expand_as(t)
-        active[name] = torch.where(collapsed, params[name].numel(), left)
-    return changed, reset, active
+        # With t = 0 every weight takes part; one of exactly 0 adds nothing where it does.
+        gates[name].clamp_(min=collapsed.to(gates[name].dtype))
+    return changed, gates, reset
 
 
 METHOD = Method(
@@ -188,7 +166,7 @@ METHOD = Method(
     dense_gradient=lambda variant: "always",
     init=init,
     sparsify=sparsify,
-    penalty=penalty,
+    pull_back=pull_back,
     after_step=after_step,
     masks_of=masks_of,
     metrics=lambda params, state, hp: {

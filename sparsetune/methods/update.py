@@ -1,8 +1,8 @@
 """One topology update on dense tensors: a method's decision, then growth.
 
 The rule to know: this is the reference that every backend's update is tested against, and it
-lifts: `lifted_update` under `torch.vmap` is the update of many trials. `update` is its public form
-on plain dicts, for checking a rule on a worked example.
+lifts: `lifted_update` under `torch.vmap` is the update of many trials, equal to `update_alone` of
+each. `update` is the public form on plain dicts, for checking a rule on a worked example.
 """
 
 from __future__ import annotations
@@ -105,6 +105,46 @@ def lifted_update(
     active = activate(params, masks, momenta, grads)
     shapes: Shapes = {name: mask.shape for name, mask in masks.items()}
     keep, grow, state = method.decide(active, shapes, state, hp, progress, variant)
+    return *_regrown(method, active, shapes, keep, grow, variant, keys), state
+
+
+def update_alone(
+    method: Method,
+    params: Layers,
+    masks: Layers,
+    momenta: Layers,
+    grads: Layers,
+    state: Any,
+    variant: Any,
+    hp: Any,
+    progress: Tensor,
+    keys: dict[str, Keys],
+) -> tuple[Layers, Layers, dict[str, Tensor], Any]:
+    """`lifted_update` of one model, where shapes may depend on values: it decides on the active
+    weights alone, as a truly sparse backend does, which at density 0.1 is a tenth of the work."""
+    assert method.decide is not None
+    active = activate(params, masks, momenta, grads)
+    shapes: Shapes = {name: mask.shape for name, mask in masks.items()}
+    places = {name: layer.valid.nonzero().squeeze(1) for name, layer in active.items()}
+    values = {name: Active(*(t[places[name]] for t in layer)) for name, layer in active.items()}
+    kept, grow, state = method.decide(values, shapes, state, hp, progress, variant)
+    keep = {
+        name: torch.zeros_like(layer.valid).index_put_((places[name],), kept[name])
+        for name, layer in active.items()
+    }
+    return *_regrown(method, active, shapes, keep, grow, variant, keys), state
+
+
+def _regrown(
+    method: Method,
+    active: dict[str, Active],
+    shapes: Shapes,
+    keep: Layers,
+    grow: Layers,
+    variant: Any,
+    keys: dict[str, Keys],
+) -> tuple[Layers, Layers, Layers]:
+    """(params, masks, where{name: bool} moments are to be zero) after the decision."""
     growth = method.growth(variant)
     new_params, new_masks, reset = {}, {}, {}
     for name, layer in active.items():
@@ -124,7 +164,7 @@ def lifted_update(
         # A dense gradient at every step fills the moments of absent weights, on purpose.
         if method.dense_gradient(variant) != "always":
             reset[name] = ~kept.view(shape)
-    return new_params, new_masks, reset, state
+    return new_params, new_masks, reset
 
 
 def _check_given(method: Method, variant: Any, momenta: Any, grads: Any) -> None:
@@ -184,7 +224,7 @@ def update(
         new_params = extra | new_params
 
     if method.decide is not None:
-        changed, new_masks, reset, state = lifted_update(
+        changed, new_masks, reset, state = update_alone(
             method,
             new_params,
             new_masks,
@@ -198,7 +238,7 @@ def update(
         )
         new_params |= changed
     elif method.after_step is not None:
-        changed, reset, _ = method.after_step(new_params, new_masks, state, settings, choices)
+        changed, _, reset = method.after_step(new_params, state, settings, choices)
         new_params |= changed
     else:
         reset = {}
