@@ -165,7 +165,7 @@ class Sweep:
         if name == "auto":
             why = self._against_asha()
             name = "none" if why else "asha"
-            reason = f"no early stopping, because {why}" if why else "ASHA, the default"
+            reason = f"none, because {why}" if why else "ASHA, the default"
         grace = chosen.grace or config.quarter_of(self.settings.epochs)
         return Scheduling(name, grace, chosen.reduction, reason)
 

@@ -135,13 +135,10 @@ class Space:
                 params[key] = values[key]
             else:
                 complete = False
+        fixed = {key: value for key, value in values.items() if key not in params}
         # What a point repeats of the space's own settings does not set its trial apart.
-        fixed = {
-            key: value
-            for key, value in values.items()
-            if key not in params and value != self._value(key, params)
-        }
-        return Point(name, params, fixed, complete and not fixed)
+        apart = any(value != self._value(key, params) for key, value in fixed.items())
+        return Point(name, params, fixed, complete and not apart)
 
     def _applies(self, dimension: Dimension, params: Mapping[str, Any]) -> bool:
         return all(self._value(key, params) in values for key, values in dimension.when.items())

@@ -718,9 +718,28 @@ def numbers_of(hp: dict[str, float]) -> Any:
     return make_hyperparameters(METHODS["dst"], hp)
 
 
+def gates_of(params: Layers) -> Layers:
+    return {name: dst.gate(params[name], t) for name, t in dst.thresholds(params).items()}
+
+
 def sparsified(params: Layers) -> Layers:
     variant = make_variant(METHODS["dst"], {})
-    return dst.METHOD.sparsify(params, {}, (), numbers_of({}), variant)
+    return dst.METHOD.sparsify(params, gates_of(params), (), numbers_of({}), variant)
+
+
+def pulled_back(grads: Layers, params: Layers, alpha: float) -> Layers:
+    """Gradients of all that is trained; fails where params or gates are written to."""
+    given = {name: grad.clone() for name, grad in grads.items()}  # which are used up
+    gates = gates_of(params)
+    before = [{name: t.clone() for name, t in layers.items()} for layers in (params, gates)]
+    assert dst.METHOD.pull_back is not None
+    out: Layers = dst.METHOD.pull_back(
+        given, params, gates, numbers_of({"alpha": alpha}), make_variant(METHODS["dst"], {})
+    )
+    for layers, copies in zip((params, gates), before, strict=True):
+        assert layers.keys() == copies.keys()
+        assert all(torch.equal(layers[name], copies[name]) for name in copies)
+    return out
 
 
 def test_dst_masks_at_every_forward_pass() -> None:
@@ -735,6 +754,10 @@ def test_dst_masks_at_every_forward_pass() -> None:
         params = {"w": weight, NAME: torch.tensor([t]), "bias": row(7)}
         forward = sparsified(params)
         assert forward["w"].tolist() == [expected]
+        # A threshold below zero leaves the zero active.
+        gate = [float(e != 0 or t < 0) for e in expected]
+        assert gates_of(params)["w"].tolist() == [gate]
+        assert dst.masks_of(params)["w"].tolist() == [[g == 1 for g in gate]]
         assert torch.equal(forward["bias"], row(7))
         assert torch.equal(params["w"], weight)  # the latent weight stays
 
@@ -786,29 +809,78 @@ def test_dsts_gradients_are_the_closed_form(granularity: str, shape: tuple[int, 
             t_terms[i, j] = -g[i, j] * w * h_by_hand(x)
     t_grad = {"scalar": t_terms.sum(), "neuron": t_terms.sum(1), "weight": t_terms}[granularity]
 
-    params = {
-        "w": weight.view(shape).requires_grad_(),
-        NAME: (t.view(shape) if granularity == "weight" else t).requires_grad_(),
-    }
-    loss = (sparsified(params)["w"] * g.view(shape)).sum()
-    got_w, got_t = torch.autograd.grad(loss, [params["w"], params[NAME]])
-    torch.testing.assert_close(got_w, w_grad.view(shape), rtol=0, atol=1e-12)
-    torch.testing.assert_close(got_t.reshape(t_grad.shape), t_grad, rtol=0, atol=1e-12)
+    params = {"w": weight.view(shape), NAME: t.view(shape) if granularity == "weight" else t}
+    grads = {"w": g.view(shape), "bias": row(7)}
+    # alpha * sum exp(-t) in the loss adds -alpha * exp(-t), methods.md 4.1 again
+    for alpha in (0.0, 0.25):
+        got = pulled_back(grads, {**params, "bias": row(1)}, alpha)
+        assert got.keys() == {"w", NAME, "bias"}
+        assert torch.equal(got["bias"], row(7))
+        torch.testing.assert_close(got["w"], w_grad.view(shape), rtol=0, atol=1e-12)
+        push = torch.tensor([math.exp(-x) for x in t.flatten()], dtype=torch.float64)
+        expected = t_grad - alpha * push.view(t.shape)
+        assert got[NAME].shape == params[NAME].shape
+        torch.testing.assert_close(got[NAME].view(t.shape), expected, rtol=0, atol=1e-12)
 
 
-def test_dsts_penalty_and_its_gradient() -> None:
-    # alpha * (exp(0) + exp(-ln 2) + exp(ln 4)) = .1 * (1 + .5 + 4), gradient -alpha exp(-t)
-    t = {
-        NAME: torch.tensor([0, math.log(2)], dtype=torch.float64).requires_grad_(),
-        "v.threshold": torch.tensor(-math.log(4), dtype=torch.float64).requires_grad_(),
-    }
-    params: Layers = {"w": torch.ones(2, 3), "v": torch.ones(2, 2), "bias": torch.ones(2), **t}
-    assert METHODS["dst"].penalty is not None
-    penalty = METHODS["dst"].penalty(params, (), numbers_of({"alpha": 0.1}), None)
-    assert float(penalty.detach()) == pytest.approx(0.55)
-    got = torch.autograd.grad(penalty, list(t.values()))
-    assert got[0].tolist() == pytest.approx([-0.1, -0.05])
-    assert float(got[1]) == pytest.approx(-0.4)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("granularity", ["scalar", "neuron", "weight"])
+def test_dsts_gradients_are_those_of_a_straight_through_step(
+    granularity: str, dtype: torch.dtype
+) -> None:
+    # With x = |w| - t and its value `level`: where(level > 0, w, 0) + (x - level) H(level) w has
+    # the value of the masked weight and the derivative that equation 6 gives the step.
+    g = torch.Generator().manual_seed(3)
+    params: Layers = {"bias": torch.randn(6, generator=g, dtype=dtype)}
+    of_masked: Layers = {}
+    for name, shape in {"w": (6, 11), "v": (5, 3, 3, 2)}.items():
+        params[name] = torch.randn(shape, generator=g, dtype=dtype)
+        own = {"scalar": (), "neuron": shape[:1], "weight": shape}[granularity]
+        params[name + ".threshold"] = 0.2 + 0.6 * torch.rand(own, generator=g, dtype=dtype)
+        of_masked[name] = torch.randn(shape, generator=g, dtype=dtype)
+
+    def network_loss(masked: Layers) -> Tensor:
+        terms = [(masked[name].tanh() * of_masked[name]).sum() for name in of_masked]
+        return torch.stack([*terms, masked["bias"].sin().sum()]).sum()
+
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    masked, penalty = {"bias": leaves["bias"]}, torch.zeros((), dtype=dtype)
+    for name in of_masked:
+        w, t = leaves[name], leaves[name + ".threshold"]
+        x = w.abs() - (t.view(-1, *[1] * (w.dim() - 1)) if granularity == "neuron" else t)
+        level, size = x.detach(), x.detach().abs()
+        h = torch.where(size <= 0.4, 2 - 4 * size, torch.full_like(size, 0.4) * (size <= 1))
+        assert all(bool(part.any()) for part in (level > 0, level < 0, size < 0.4, size > 1))
+        masked[name] = torch.where(level > 0, w, 0) + (x - level) * h * w
+        penalty = penalty + 0.3 * torch.exp(-t).sum()
+    loss = network_loss(masked) + penalty
+    expected = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+    forward = sparsified(params)
+    assert all(torch.equal(forward[name], masked[name].detach()) for name in masked)
+    ends = {name: forward[name].clone().requires_grad_() for name in masked}
+    grads = torch.autograd.grad(network_loss(ends), list(ends.values()))
+    got = pulled_back(dict(zip(ends, grads, strict=True)), params, 0.3)
+    assert got.keys() == expected.keys()
+    exact = dtype == torch.float64
+    for name, grad in expected.items():  # dtypes and shapes too: those of the parameters
+        torch.testing.assert_close(
+            got[name], grad, rtol=0 if exact else 1e-5, atol=1e-12 if exact else 1e-5
+        )
+
+
+def test_dsts_penalty_pushes_thresholds_up() -> None:
+    # -alpha exp(-t) = -.1 * (1, .5, 4), where the loss gives no gradient.
+    params: Layers = {
+        "w": torch.ones(2, 3).double(), "v": torch.ones(2, 2).double(), "bias": torch.ones(2),
+        NAME: torch.tensor([0, math.log(2)], dtype=torch.float64),
+        "v.threshold": torch.tensor(-math.log(4), dtype=torch.float64),
+    }  # fmt: skip
+    zeros = {name: torch.zeros_like(params[name]) for name in ("w", "v", "bias")}
+    got = pulled_back(zeros, params, 0.1)
+    assert got[NAME].tolist() == pytest.approx([-0.1, -0.05])
+    assert float(got["v.threshold"]) == pytest.approx(-0.4)
+    assert not any(bool(got[name].any()) for name in zeros)
 
 
 def test_dst_brings_a_masked_weight_back() -> None:
@@ -824,11 +896,10 @@ def test_dst_brings_a_masked_weight_back() -> None:
         (0.2944, 0.2944 + 0.68323456, 0.1056 - 0.18323456),
     ]
     for value, next_weight, next_t in steps:
-        params = {"w": weight.clone().requires_grad_(), NAME: t.clone().requires_grad_()}
-        forward = sparsified(params)["w"]
-        assert float(forward.detach()) == pytest.approx(value, abs=1e-12)
-        w_grad, t_grad = torch.autograd.grad(-forward.sum(), [params["w"], params[NAME]])
-        weight, t = weight - 0.5 * w_grad, t - 0.5 * t_grad
+        params = {"w": weight, NAME: t}
+        assert float(sparsified(params)["w"]) == pytest.approx(value, abs=1e-12)
+        grads = pulled_back({"w": -torch.ones_like(weight)}, params, 0.0)
+        weight, t = weight - 0.5 * grads["w"], t - 0.5 * grads[NAME]
         assert float(weight) == pytest.approx(next_weight, abs=1e-12)
         assert float(t) == pytest.approx(next_t, abs=1e-12)
     _, masks, _, _ = update(METHODS["dst"], {"w": weight, NAME: t}, {"w": first(1, 1)})
@@ -865,6 +936,18 @@ def test_dsts_guard_resets_a_collapsed_layer_and_its_momentum(guard: str) -> Non
         assert torch.equal(new_momenta[name], torch.ones(10, 10))
     assert torch.equal(after["v.threshold"], params["v.threshold"])
     assert torch.equal(new_momenta["v.threshold"], torch.ones(10))
+    # The same by the step, with gates that say what the masks say.
+    assert dst.METHOD.after_step is not None
+    changed, gates, reset = dst.METHOD.after_step(
+        params, (), numbers_of({}), make_variant(METHODS["dst"], {"guard": guard})
+    )
+    assert changed.keys() == reset.keys() == {NAME, "v.threshold", "u.threshold"}
+    for name in ("w", "v", "u"):
+        assert torch.equal(gates[name], masks[name].float())
+        t_name = name + ".threshold"
+        assert torch.equal(changed[t_name], after[t_name])
+        expected = torch.full(params[t_name].shape, guard == "on" and name != "v")
+        assert torch.equal(reset[t_name], expected)
 
 
 def test_dsts_guard_leaves_zeros_masked() -> None:

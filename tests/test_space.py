@@ -224,7 +224,11 @@ def test_start_points_in_and_out_of_the_study(write: Any) -> None:
     points = {point.name: point[1:] for point in space.load(write(START)).points()}
     assert points == {
         "inside": ({"hp.zeta": 0.3, **rest}, {}, True),
-        "repeats": ({"hp.zeta": 0.3, **rest}, {}, True),
+        "repeats": (
+            {"hp.zeta": 0.3, **rest},
+            {"variant.prune": "signwise", "optimizer.momentum": 0.9},
+            True,
+        ),
         "outside": (rest, {"hp.zeta": 0.7}, False),
         "lacking": ({"hp.zeta": 0.3, "optimizer.weight_decay": 0.0}, {}, False),
         "fixing": ({"hp.zeta": 0.3, **rest}, {"distribution": "er"}, False),

@@ -71,15 +71,15 @@ def masks_of(params: Layers) -> Layers:
 def gate(weight: Tensor, t: Tensor) -> Tensor:
     """1.0 where |w| - t > 0, else 0.0. Float arithmetic in place: comparisons, and `where` with a
     mask that follows no pattern, take six to thirty times as long on a CPU."""
-    return weight.abs().sub_(aligned(t, weight)).sign_().clamp_(min=0)
+    return weight.abs().sub_(aligned(t, weight)).sign_().relu_()
 
 
 def step_derivative(x: Tensor) -> Tensor:
     """H(x), equation 6; H(1) = 0.4."""
     size = x.abs()
-    slope = torch.rsub(size, 2, alpha=4).clamp_(min=0.4)
+    slope = torch.rsub(size, 2, alpha=4).clamp_min_(0.4)
     # Beyond 1 the shrunk size is the size itself, which brings any slope below zero.
-    return slope.sub_(torch.nn.functional.hardshrink(size, 1.0)).clamp_(min=0)
+    return slope.sub_(torch.nn.functional.hardshrink(size, 1.0)).relu_()
 
 
 def _size(layer: Active, hp: Any, variant: Any) -> Tensor:
@@ -141,7 +141,7 @@ def pull_back(grads: Layers, params: Layers, gates: Layers, hp: Any, variant: An
         else:
             t_grad = torch.linalg.vecdot(structure.flatten(), grad.flatten())
         pulled[name] = slope.mul_(size).add_(gates[name]).mul_(grad)
-        pulled[name + SUFFIX] = -t_grad - hp.alpha * torch.exp(-t)
+        pulled[name + SUFFIX] = -t_grad - hp.alpha.to(t.dtype) * torch.exp(-t)
     return pulled
 
 
@@ -153,7 +153,7 @@ def after_step(params: Layers, state: Any, hp: Any, variant: Any) -> tuple[Layer
         changed[name + SUFFIX] = t.masked_fill(collapsed, 0)
         reset[name + SUFFIX] = collapsed.expand_as(t)
         # With t = 0 every weight takes part; one of exactly 0 adds nothing where it does.
-        gates[name].clamp_(min=collapsed.to(gates[name].dtype))
+        gates[name] = torch.maximum(gates[name], collapsed.to(t.dtype))
     return changed, gates, reset
 
 
