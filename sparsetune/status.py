@@ -148,7 +148,11 @@ def shown(value: Any) -> str:
 
 
 def settings_shown(config: dict[str, Any]) -> str:
-    return " ".join(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in config.items())
+    short = ("hp.", "variant.", "optimizer.")  # whose keys say enough by themselves
+    return " ".join(
+        f"{key.partition('.')[2] if key.startswith(short) else key}={shown(value)}"
+        for key, value in config.items()
+    )
 
 
 def print_members(members: list[dict[str, Any]], console: Console | None = None) -> None:
