@@ -166,7 +166,7 @@ def test_a_bad_word(word: str, message: str, storage: Path) -> None:
         (["set", "search.max_prune.low=0.1"], "search.max_prune: high is missing"),
         (["set", "search.zeta.low=0.1", "hp.zeta=0.2"], "search.zeta: hp.zeta is given, too"),
         (["set", "search.epochs.choices=[1]"], "search.epochs: epochs cannot be searched"),
-        (["set", "density=1e-5"], "density: 1e-05 cannot be reached; this network allows 5.98e-05 to 1"),
+        (["set", "density=1e-5"], "density: 1e-05 cannot be reached; this network allows 5.98e-05"),
         (["set", "density=1e-5"], "to 1 (density_over: all, 0 weights left dense, one in each"),
         (["small_dense", "density=1e-5"], "model.match_density: 1e-05 of 50200 weights cannot"),
         (["set", "dense_layers=first", "density=0.1"], "density: 0.1 cannot be reached"),
