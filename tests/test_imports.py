@@ -60,7 +60,7 @@ def modules() -> list[tuple[str, str, set[str]]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "file", "imported"), modules(), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("name", "file", "imported"), modules(), ids=[m[1] for m in modules()])
 def test_imports_point_downwards(name: str, file: str, imported: set[str]) -> None:
     assert name in LEVEL, f"{file} has no line in ORDER; give it one"
     for other in imported:
