@@ -220,7 +220,7 @@ class Recording:
                 name,
                 number,
                 name=one.member.run_name(trial.params | trial.fixed, number),
-                group=name,
+                group="",  # the sweep
                 job_type=config["method"],
                 config=config | {"trial": number},
             )
@@ -380,6 +380,8 @@ def tune_all(members: list[OpenMember], watch: Watch) -> None:
             )
             scheduler = JournalScheduler(searcher, settings.epochs, asha)
             watch.on_leave = searcher.drain
+            if watch.leaving_since is not None:  # the signal came while Ray started
+                return
             tuner = tune.Tuner(
                 tune.with_resources(sweep_trial, {"cpu": cpus, "gpu": gpus}),
                 tune_config=tune.TuneConfig(
