@@ -33,6 +33,7 @@ from sparsetune.status import is_done, member_folders, print_result
 from sparsetune.tracking import Tracker
 from sparsetune.trial import epochs, sweep_trial, trial_folder
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE_SECONDS = 20.0  # how long a running epoch may take to end after Ctrl-C
 
 QUIET = {
@@ -306,11 +307,16 @@ class Watch:
         self.progress.note("leaving: running epochs are being finished; again to leave at once")
         self.on_leave()
 
+    def install(self) -> None:
+        """Called again once Ray and Tune, which install handlers of their own, have started."""
+        for number in SIGNALS:
+            signal.signal(number, self._signal)
+
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Handles signals until the end of the `with`, and swallows what they raise."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._signal) for number in numbers}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.install()
         try:
             yield
         except KeyboardInterrupt:
@@ -390,7 +396,7 @@ def tune_all(members: list[OpenMember], watch: Watch) -> None:
                 run_config=tune.RunConfig(
                     name="scratch",
                     storage_path=scratch,
-                    callbacks=[Reraise(searcher, watch.tick)],
+                    callbacks=[Reraise(searcher, watch.tick, watch.install)],
                     failure_config=tune.FailureConfig(max_failures=-1),
                     verbose=0,
                 ),

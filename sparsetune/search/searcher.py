@@ -129,9 +129,19 @@ class Reraise(Callback):
     run, too.
     """
 
-    def __init__(self, searcher: JournalSearcher, tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        searcher: JournalSearcher,
+        tick: Callable[[], None] = lambda: None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
         self._searcher = searcher
         self._tick = tick
+        self._begin = begin
+
+    def setup(self, *_: Any, **info: Any) -> None:
+        """`begin` is called when Tune has installed its signal handlers."""
+        self._begin()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._searcher.error is not None:
