@@ -2,7 +2,9 @@
 
 The rule to know: what is zero wherever a mask is false is stored as (flat index int64, value), so
 that a checkpoint is as sparse as the trial and any backend can go on from it; everything else is
-stored whole. Files hold tensors, numbers and strings only and load with `weights_only=True`.
+stored whole. This form of a state is a `Snapshot`, which a truly sparse backend makes without ever
+making a `TrialState`. Files hold tensors, numbers and strings only and load with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ from sparsetune import optim, trainer
 from sparsetune.trainer import Metrics, Setup, TrialState
 
 FORMAT = 1
+Snapshot = dict[str, Any]
+"""format; index, ever {layer: sorted flat positions int64}; params, first, second {name: {"value":
+values at the layer's index} or {"whole": tensor}}; buffers, method {name: tensor}; counts {epoch,
+step, updates, flops, diverged}. All on the CPU."""
 NAME = re.compile(r"e(\d{4,})\.pt")
 
 
@@ -46,8 +52,8 @@ def _unpack(packed: dict[str, Any], indices: dict[str, Tensor], setup: Setup) ->
     return tensors
 
 
-def encode(state: TrialState, records: list[Metrics]) -> dict[str, Any]:
-    """What a checkpoint file holds: nested dicts of tensors, numbers and strings."""
+def encode(state: TrialState) -> Snapshot:
+    """The state as nested dicts of tensors, numbers and strings."""
     indices = {name: mask.flatten().nonzero().squeeze(1) for name, mask in state.masks.items()}
     return {
         "format": FORMAT,
@@ -59,12 +65,11 @@ def encode(state: TrialState, records: list[Metrics]) -> dict[str, Any]:
         "buffers": {name: tensor.cpu() for name, tensor in state.buffers.items()},
         "method": {k: t.cpu() for k, t in state.method._asdict().items()} if state.method else {},
         "counts": {k: getattr(state, k) for k in ("epoch", "step", "updates", "flops", "diverged")},
-        "records": records,
     }
 
 
-def decode(setup: Setup, saved: dict[str, Any]) -> tuple[TrialState, list[Metrics]]:
-    """The state and records that `encode` was given, on the setup's device."""
+def decode(setup: Setup, saved: Snapshot) -> TrialState:
+    """The state that `encode` was given, on the setup's device."""
     if saved["format"] != FORMAT:
         raise ValueError(
             f"checkpoint format {saved['format']}; this version of sparsetune reads {FORMAT}"
@@ -80,7 +85,7 @@ def decode(setup: Setup, saved: dict[str, Any]) -> tuple[TrialState, list[Metric
     if method_state:
         values = {name: tensor.to(setup.device) for name, tensor in saved["method"].items()}
         method_state = method_state._replace(**values)
-    state = TrialState(
+    return TrialState(
         params=_unpack(saved["params"], index, setup),
         buffers={name: tensor.to(setup.device) for name, tensor in saved["buffers"].items()},
         moments=optim.Moments(
@@ -91,24 +96,24 @@ def decode(setup: Setup, saved: dict[str, Any]) -> tuple[TrialState, list[Metric
         method=method_state,
         **saved["counts"],
     )
-    return state, saved["records"]
 
 
-def save(folder: Path, state: TrialState, records: list[Metrics]) -> Path:
+def save(folder: Path, snapshot: Snapshot, records: list[Metrics]) -> Path:
     """Writes `e0008.pt` into the trial's folder: whole or not at all, then drops older ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"e{state.epoch:04d}.pt"
+    epoch = snapshot["counts"]["epoch"]
+    path = folder / f"e{epoch:04d}.pt"
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with scratch.open("wb") as file:
-            torch.save(encode(state, records), file)
+            torch.save({**snapshot, "records": records}, file)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
     for older in saved_epochs(folder):
-        if older < state.epoch:
+        if older < epoch:
             (folder / f"e{older:04d}.pt").unlink(missing_ok=True)
     return path
 
@@ -121,15 +126,17 @@ def saved_epochs(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The dict of a checkpoint file, on the CPU."""
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return saved
+def newest(folder: Path) -> tuple[Snapshot | None, list[Metrics]]:
+    """The newest checkpoint in the trial's folder, or (None, []) where there is none."""
+    epochs = saved_epochs(folder)
+    if not epochs:
+        return None, []
+    saved = torch.load(folder / f"e{epochs[-1]:04d}.pt", map_location="cpu", weights_only=True)
+    return saved, saved.pop("records")
 
 
 def restore(setup: Setup, folder: Path) -> tuple[TrialState, list[Metrics]]:
-    """The newest checkpoint in the trial's folder, or the beginning and no records."""
-    epochs = saved_epochs(folder)
-    if not epochs:
-        return trainer.begin(setup), []
-    return decode(setup, load(folder / f"e{epochs[-1]:04d}.pt"))
+    """The state of the newest checkpoint in the trial's folder and its records, or the beginning
+    and none."""
+    snapshot, records = newest(folder)
+    return (trainer.begin(setup) if snapshot is None else decode(setup, snapshot)), records

@@ -397,7 +397,7 @@ def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
         masks = setup.method.masks_of(state.params)
         ever = {name: state.ever[name] | mask for name, mask in masks.items()}
         state = state._replace(masks=masks, ever=ever)
-    step_flops = _step_flops(setup, active_sum / num, state.updates - before.updates)
+    step_flops = epoch_flops(setup, active_sum / num, state.updates - before.updates)
     state = state._replace(
         epoch=state.epoch + 1,
         flops=state.flops + step_flops * num * min(settings.train.batch_size, len(order)),
@@ -419,7 +419,7 @@ def _has_diverged(state: TrialState, metrics: Metrics) -> bool:
     return not (finite and all(bool(p.isfinite().all()) for p in state.params.values()))
 
 
-def _step_flops(setup: Setup, active: Tensor, updates: int) -> float:
+def epoch_flops(setup: Setup, active: Tensor, updates: int) -> float:
     """FLOPs per sample and step, the mean over an epoch with these mean active weights [L]."""
     density = {
         name: float(num) / shape.numel()
@@ -456,9 +456,7 @@ def evaluate(setup: Setup, state: TrialState, arrays: data.Arrays) -> tuple[floa
 def measure(setup: Setup, state: TrialState, earlier: Layers) -> Metrics:
     """Validation and density of a state; `earlier` masks are those of the epoch before.
 
-    `val/loss`, `val/accuracy` (share; where images are held out), `density/all` (active share of
-    all weights), `density/sparse` (of the sparse layers), `density/ever` (of those, ever active),
-    `density/layer/<name>`, `method/churn` (share of active weights that were absent before) and
+    `val/loss`, `val/accuracy` (share; where images are held out), what `density_metrics` has and
     the method's own scalars as `method/<name>`.
     """
     metrics: Metrics = {}
@@ -466,18 +464,34 @@ def measure(setup: Setup, state: TrialState, earlier: Layers) -> Metrics:
         train = setup.dataset.train
         held_out = data.Arrays(*(t[setup.validation_index] for t in train))
         metrics["val/loss"], metrics["val/accuracy"] = evaluate(setup, state, held_out)
+    metrics |= density_metrics(
+        setup,
+        active={name: int(mask.count_nonzero()) for name, mask in state.masks.items()},
+        seen=sum(int(mask.count_nonzero()) for mask in state.ever.values()),
+        new=sum(int((mask & ~earlier[k]).count_nonzero()) for k, mask in state.masks.items()),
+    )
+    own = setup.method.metrics(state.params, state.method, setup.hp)
+    return metrics | {f"method/{name}": float(value) for name, value in own.items()}
+
+
+def density_metrics(setup: Setup, active: dict[str, int], seen: int, new: int) -> Metrics:
+    """Shares, from numbers of weights: `active` in each sparse layer; of all sparse layers those
+    `seen` active at any time, and those `new` since the epoch before.
+
+    `density/all` (active share of all weights), `density/sparse` (of the sparse layers),
+    `density/ever` (of those, ever active), `density/layer/<name>`, and `method/churn` (share of
+    active weights that were absent before) for methods that move them.
+    """
     sizes = {name: shape.numel() for name, shape in setup.sparse.items()}
-    active = {name: int(mask.count_nonzero()) for name, mask in state.masks.items()}
     whole = sum(shape.numel() for shape in setup.dense.values())
     size, num = sum(sizes.values()), sum(active.values())
-    metrics["density/all"] = (num + whole) / (size + whole)
-    metrics["density/sparse"] = num / size if size else 1.0
-    seen = sum(int(mask.count_nonzero()) for mask in state.ever.values())
-    metrics["density/ever"] = seen / size if size else 1.0
+    metrics = {
+        "density/all": (num + whole) / (size + whole),
+        "density/sparse": num / size if size else 1.0,
+        "density/ever": seen / size if size else 1.0,
+    }
     for name, shape in (setup.sparse | setup.dense).items():
         metrics[f"density/layer/{name}"] = active.get(name, shape.numel()) / shape.numel()
     if setup.method.decide is not None or setup.method.emergent:
-        new = sum(int((mask & ~earlier[k]).count_nonzero()) for k, mask in state.masks.items())
         metrics["method/churn"] = new / max(num, 1)
-    own = setup.method.metrics(state.params, state.method, setup.hp)
-    return metrics | {f"method/{name}": float(value) for name, value in own.items()}
+    return metrics

@@ -49,7 +49,7 @@ def epochs(
         state, metrics = trainer.train_epoch(setup, state)
         records = [*records, metrics]
         if state.epoch % save_every == 0 or state.epoch == settings.epochs or state.diverged:
-            checkpoint.save(folder, state, records)
+            checkpoint.save(folder, checkpoint.encode(state), records)
         yield metrics
 
 
@@ -119,7 +119,7 @@ def trainable(config: dict[str, Any]) -> None:
         state, metrics = trainer.train_epoch(setup, state)
         records.append(metrics)
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(Path(folder), state, records)
+            checkpoint.save(Path(folder), checkpoint.encode(state), records)
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 

@@ -23,6 +23,8 @@ ORDER = [
     {"search.lock"},
     {"space"},
     {"config"},
+    {"engine.pool"},
+    {"engine.solo", "engine.stacked", "engine.csr"},
     {"checkpoint"},
     {"trainer"},
     {"optim", "flops"},

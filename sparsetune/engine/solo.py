@@ -1,0 +1,32 @@
+"""The plain trainer as a backend: slots one after another. The reference, and right for networks
+that fill a device alone."""
+
+from __future__ import annotations
+
+from sparsetune import checkpoint, trainer
+from sparsetune.checkpoint import Snapshot
+from sparsetune.trainer import Metrics, Setup, TrialState
+
+
+class Solo:
+    """See `pool.Backend`."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots: dict[int, tuple[Setup, TrialState]] = {}
+
+    def attach(self, slot: int, setup: Setup, start: Snapshot | None) -> None:
+        state = trainer.begin(setup) if start is None else checkpoint.decode(setup, start)
+        self._slots[slot] = setup, state
+
+    def advance(self) -> dict[int, Metrics]:
+        results = {}
+        for slot, (setup, state) in self._slots.items():
+            state, results[slot] = trainer.train_epoch(setup, state)
+            self._slots[slot] = setup, state
+        return results
+
+    def snapshot(self, slot: int) -> Snapshot:
+        return checkpoint.encode(self._slots[slot][1])
+
+    def detach(self, slot: int) -> None:
+        del self._slots[slot]

@@ -1,0 +1,68 @@
+"""Every backend of the engine against the solo trainer, slot by slot."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsetune import trainer
+from sparsetune.engine import Pool, train
+from sparsetune.methods import METHODS
+from sparsetune.settings import ModelSettings, OptimizerSettings, TrialSettings
+
+
+def settings(method: str, number: int = 0, epochs: int = 3) -> TrialSettings:
+    """Trial `number` of a pool: other numbers, same structure."""
+    return TrialSettings(
+        method=method,
+        density=0.2 + 0.1 * (number % 3),
+        epochs=epochs,
+        seed=number // 2,
+        order_seed=7,
+        model=ModelSettings(name="mlp", widths=[32, 16]),
+        optimizer=OptimizerSettings(lr=0.05 * (1 + number), weight_decay=1e-4 * number),
+    )
+
+
+def alone(trial: TrialSettings) -> list[trainer.Metrics]:
+    setup = trainer.prepare(trial, trainer.choose_device("cpu"))
+    state, records = trainer.begin(setup), []
+    while state.epoch < trial.epochs:
+        state, metrics = trainer.train_epoch(setup, state)
+        records.append(metrics)
+    return records
+
+
+def without_time(records: list[trainer.Metrics]) -> list[trainer.Metrics]:
+    return [{k: v for k, v in each.items() if k != "device_seconds"} for each in records]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_solo_pool_is_the_trainer(method: str) -> None:
+    trials = [settings(method, number, epochs=2 + number % 2) for number in range(3)]
+    packed = train(trials, slots=2, device="cpu", engine="solo")
+    assert [without_time(each) for each in packed] == [without_time(alone(t)) for t in trials]
+
+
+def test_a_pool_refuses_what_does_not_fit() -> None:
+    pool = Pool(1, "cpu")
+    pool.attach("a", settings("set"))
+    with pytest.raises(ValueError, match="all 1 slots are taken"):
+        pool.attach("b", settings("set"))
+    pool.attach("a", settings("set", 1))  # the same trial again takes its own slot
+    pool.detach("a")
+    with pytest.raises(ValueError, match="use another pool"):
+        pool.attach("c", settings("dsr"))
+    assert len(pool) == 0 and pool.advance() == {}
+
+
+def test_a_trial_moves_between_pools() -> None:
+    trial = settings("set")
+    first, second = Pool(2, "cpu"), Pool(1, "cpu")
+    first.attach("a", trial)
+    first.advance()
+    second.attach("other name", trial, first.snapshot("a"))
+    third = Pool(1, "cpu")
+    third.attach("a", trial, first.state("a"))
+    moved = second.advance()["other name"]
+    assert without_time([moved]) == without_time([third.advance()["a"]])
+    assert without_time([moved]) == without_time([alone(trial)[1]])
