@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 WORDS = click.argument("words", nargs=-1, type=click.UNPROCESSED)
@@ -76,10 +75,21 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
                 click.echo(_preview(resolved))
                 return
             if command == "sweep":
+                sweep.check_address(resolved.settings.ray.address)
                 click.echo(f"Early stopping: {resolved.scheduling.reason}.", err=True)
-            folder = sweep.create(resolved, command)
-            members = stack.enter_context(sweep.opened(folder))
-        sys.exit(sweep.run(folder, members))
+            sweep.create(resolved, command)
+            members = stack.enter_context(sweep.opened(resolved.storage, resolved.name))
+        sys.exit(_run(members))
+
+
+def _run(members: list[Any]) -> int:
+    from sparsetune import sweep
+
+    try:
+        return sweep.run(members)
+    except sweep.ClusterError as error:
+        click.echo(f"sparsetune: {error}", err=True)
+        return 2
 
 
 def _preview(resolved: Any) -> str:
@@ -132,23 +142,24 @@ def _named(words: tuple[str, ...], allowed: set[str]) -> dict[str, Any]:
 @main.command()
 @WORDS
 def resume(words: tuple[str, ...]) -> None:
-    """Go on with a sweep, or extend it.
+    """Go on with a sweep or one of its members, or extend it.
 
     \b
     sparsetune resume NAME [trials=N] [storage=FOLDER]
+    Where trials run may change: concurrency device ray.address resources.* wandb.mode
     """
     from sparsetune import status, sweep
 
     with ExitStack() as stack:
         with user_errors():
-            given = _named(words, {"trials"})
+            given = _named(words, {"trials", *sweep.PLACES})
             if "name" not in given:
                 known = ", ".join(status.sweeps(given["storage"])) or "none"
                 raise ValueError(f"resume: give the name of a sweep; there are: {known}")
-            folder = given["storage"] / given["name"].partition("/")[0]
-            status.member_folders(given["storage"], folder.name)
-            members = stack.enter_context(sweep.opened(folder, given.get("trials")))
-        sys.exit(sweep.run(folder, members))
+            places = {key: given[key] for key in sweep.PLACES if key in given}
+            opened = sweep.opened(given["storage"], given["name"], given.get("trials"), places)
+            members = stack.enter_context(opened)
+        sys.exit(_run(members))
 
 
 @main.command()
@@ -192,9 +203,13 @@ def _finite(value: Any) -> Any:
 
 
 @main.command()
-def methods() -> None:
+@WORDS
+def methods(words: tuple[str, ...]) -> None:
     """The sparse training methods, their variants and hyperparameters."""
     from sparsetune.methods import METHODS
+    from sparsetune.status import wide_console
+
+    _no_name(words)
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("method", "key", "allowed", "default", "paper or meaning"):
@@ -208,22 +223,32 @@ def methods() -> None:
             bounds = field.metadata
             span = f"{bounds['low']:g} to {bounds['high']:g}"
             table.add_row("", f"hp.{field.name}", span, f"{field.default:g}", bounds["meaning"])
-    Console().print(table)
+    wide_console().print(table)
+
+
+def _no_name(words: tuple[str, ...]) -> None:
+    """`storage` may stand at every command; nothing else says anything to this one."""
+    with user_errors():
+        if "name" in (given := _named(words, set())):
+            raise ValueError(f"'{given['name']}': this command lists all and takes no name")
 
 
 @main.command()
-def spaces() -> None:
+@WORDS
+def spaces(words: tuple[str, ...]) -> None:
     """The search spaces that come with sparsetune: what each fixes and searches."""
     from sparsetune import space
+    from sparsetune.status import wide_console
 
+    _no_name(words)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("space", "method", "searched", "start points"):
         table.add_column(heading, overflow="fold")
     for name in space.names():
         loaded = space.load(name)
         table.add_row(name, loaded.method, " ".join(loaded.search), " ".join(loaded.start))
-    Console().print(table)
-    click.echo(f"\nFiles: {Path(space.load(space.names()[0]).file).parent}")
+    wide_console().print(table)
+    click.echo(f"\nFiles: {space.folder()}")
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "epoch, or a number of steps",
         lambda value: value in (None, "epoch") or (_whole(value) and value >= 1),
     ),
+    "storage": ("a folder's path", lambda value: bool(value)),
     "scheduler.reduction": (
         "above 1, up to 3: ASHA that keeps less than a third at an early look "
         "drops settings that would have won",
@@ -288,6 +289,8 @@ def check_value(key: str, value: Any) -> Any:
         raise ValueError(f"{key}: '{value}' is no {TYPE_NAMES[kind]}")
     if kind is float and isinstance(value, int):
         value = float(value)
+    if opened and opened[0] == "constraint" and not _bounds(value):
+        raise ValueError(f"{key}: '{value}' is no bound; give a number, such as 0.1")
     scratch = _scratch()
     try:
         if opened is None:
@@ -303,6 +306,10 @@ def check_value(key: str, value: Any) -> Any:
     if opened is None:
         _check_limits(key, found)
     return found
+
+
+def _bounds(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def trial_settings(nested: Mapping[str, Any]) -> TrialSettings:
@@ -338,7 +345,8 @@ def _check_limits(key: str, value: Any) -> None:
             f"known: {', '.join(CHOICES[key])}"
         )
     if key in LIMITS and not LIMITS[key][1](value):
-        raise ValueError(f"{key}: {value} is out of range; allowed: {LIMITS[key][0]}")
+        shown = "an empty value" if value == "" else value
+        raise ValueError(f"{key}: {shown} is out of range; allowed: {LIMITS[key][0]}")
 
 
 def objectives(settings: SweepSettings) -> list[str]:

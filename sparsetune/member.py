@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -373,16 +374,25 @@ def _check_place(name: str, storage: str) -> None:
     if "://" in storage:
         raise ValueError(f"storage: '{storage}' is no folder; only folders hold sweeps so far")
     folder = Path(storage) / name
-    if folder.exists():
+    if os.path.lexists(folder):
         where = "" if storage == "./sweeps" else f" storage={storage}"
         raise ValueError(
             f"name: '{name}' exists already in {storage}; go on with `sparsetune resume "
             f"{name}{where}`, or take another name"
         )
     above = next(each for each in folder.absolute().parents if each.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    if not above.is_dir() or not _writable(above):
         what = "cannot be written to" if above.is_dir() else "is no folder"
         raise ValueError(f"storage: {above} {what}; give storage=FOLDER, or set SPARSETUNE_STORAGE")
+
+
+def _writable(folder: Path) -> bool:
+    """Tried, because the rights do not tell of a read-only disk, and root has them all."""
+    try:
+        Path(tempfile.mkdtemp(prefix=".sparsetune-", dir=folder)).rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def _check_members(members: list[Member]) -> None:
@@ -391,8 +401,7 @@ def _check_members(members: list[Member]) -> None:
         settings = member.settings
         try:
             config.check(settings)
-            if not settings.ray.address:
-                choose_device(settings.device)
+            check_machine(settings)
             data.check(settings.data)
             models.check(settings.model)
             dataset = datasets.get(repr(settings.data)) or data.load(settings.data)
@@ -405,6 +414,20 @@ def _check_members(members: list[Member]) -> None:
             raise ValueError(
                 f"epochs: {settings.epochs} in {member.name} and {members[0].settings.epochs} in "
                 f"{members[0].name}; a sweep has one number, write epochs=N"
+            )
+
+
+def check_machine(settings: SweepSettings) -> None:
+    """ValueError where one trial asks for more than this machine has: it would wait for ever."""
+    if settings.ray.address:
+        return  # the cluster's nodes are another matter
+    choose_device(settings.device)
+    has = {"cpus": os.cpu_count() or 1, "gpus": torch.cuda.device_count()}
+    for name, there in has.items():
+        if (asked := getattr(settings.resources, name)) > there:
+            raise ValueError(
+                f"resources.{name}: a trial asks for {asked:g} and this machine has {there}; give "
+                f"resources.{name}={there} or less, or the ray.address of a cluster"
             )
 
 
@@ -424,6 +447,11 @@ def _check_trial(settings: TrialSettings, dataset: data.Dataset) -> None:
     make_variant(method, settings.variant)
     make_hyperparameters(method, settings.hp)
     update_schedule(method, settings)
+    if settings.model.match_density and (method.reaches_density or method.emergent):
+        raise ValueError(
+            f"model.match_density: makes a small dense network, and {settings.method} is sparse "
+            "already; use it with the space small_dense, or give density=D"
+        )
     with torch.device("meta"):
         model = models.build(settings.model, dataset.input_shape, dataset.num_classes)
     layers_of(settings, method, models.weights(model))

@@ -155,9 +155,14 @@ def settings_shown(config: dict[str, Any]) -> str:
     )
 
 
-def print_members(members: list[dict[str, Any]], console: Console | None = None) -> None:
+def wide_console() -> Console:
+    """For tables: as wide as the terminal, and in a file or a pipe as wide as they are."""
+    console = Console()
+    return console if console.is_terminal else Console(width=10_000)
+
+
+def print_members(members: list[dict[str, Any]]) -> None:
     """The table of members: trials by how they ended, the best one; below it the settings."""
-    console = console or Console()
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("member", "state", "done", "stopped", "diverged", "failed", "best", "trial"):
         left = heading in ("member", "state")
@@ -180,6 +185,7 @@ def print_members(members: list[dict[str, Any]], console: Console | None = None)
                 f"{member['name']} trial {best['trial']}: {settings_shown(best['config'])}"
             )
             row = [""] * len(row)  # further trials of a front stand below the first
+    console = wide_console()
     console.print(table)
     for note in notes:
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)

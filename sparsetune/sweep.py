@@ -13,19 +13,21 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sparsetune import config
 from sparsetune.data import load as load_data
-from sparsetune.member import Member, Sweep
+from sparsetune.member import Member, Sweep, check_machine
 from sparsetune.progress import Progress
 from sparsetune.search.journal import Journal, SweepLock, Trial
 from sparsetune.search.study import MemberSearch, SearchMember
@@ -33,7 +35,12 @@ from sparsetune.status import is_done, member_folders, print_result
 from sparsetune.tracking import Tracker
 from sparsetune.trial import epochs, sweep_trial, trial_folder
 
+PLACES = (
+    "concurrency", "device", "ray.address", "resources.cpus", "resources.gpus", "wandb.mode",
+)  # fmt: skip
+"""Settings that no result depends on, so that a sweep may go on elsewhere."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ANSWER_SECONDS = 5.0  # how long a cluster's head may take to answer
 PATIENCE_SECONDS = 20.0  # how long a running epoch may take to end after Ctrl-C
 
 QUIET = {
@@ -44,6 +51,10 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
+
+
+class ClusterError(ValueError):
+    """A cluster that cannot be used; says what to do."""
 
 
 @dataclass
@@ -106,15 +117,24 @@ def member_stem(member: Member) -> str:
 
 
 @contextmanager
-def opened(folder: Path, trials: int | None = None) -> Iterator[list[OpenMember]]:
-    """The members of a sweep, ours to write until the end of the `with`; `trials` extends it."""
+def opened(
+    storage: Path, name: str, trials: int | None = None, places: Mapping[str, Any] | None = None
+) -> Iterator[list[OpenMember]]:
+    """The members of sweep `name`, or one member, ours to write until the end of the `with`.
+
+    `trials` extends them. `places` are settings of where trials run, for this time alone.
+    """
+    folders = member_folders(storage, name)
     with ExitStack() as stack:
-        stack.enter_context(SweepLock(folder))
+        stack.enter_context(SweepLock(folders[0].parent))
         members = []
-        for path in member_folders(folder.parent, folder.name):
+        for path in folders:
             writer = Journal.open(path)
             stack.callback(writer.close)
-            members.append(OpenMember(Member.from_header(writer.record.header["member"]), writer))
+            member = Member.from_header(writer.record.header["member"])
+            settings = config.replaced(member.settings, places or {})
+            check_machine(settings)
+            members.append(OpenMember(dataclasses.replace(member, settings=settings), writer))
         for one in members:
             _check_unchanged(one)
         if trials is not None:
@@ -244,18 +264,28 @@ def best_values(member: Member, trial: Trial) -> dict[str, float]:
     return best
 
 
-def run(folder: Path, members: list[OpenMember]) -> int:
-    """Trains what the journals lack. Exit status: 0 done, 1 trials failed, 130 interrupted."""
+def run(members: list[OpenMember]) -> int:
+    """Trains what the journals lack. Exit status: 0 done, 1 trials failed, 130 interrupted.
+
+    ClusterError where the Ray that was asked for cannot be used.
+    """
+    folder = members[0].folder.parent
+    if not _all_done(members):
+        check_address(members[0].member.settings.ray.address)
     note_driver(members)
     recording = Recording(members, folder.name, folder)
     with Progress({one.member.name: (one.member, one.journal.record) for one in members}) as bar:
         watch = Watch(recording, bar)
         if members[0].journal.record.header["command"] == "train":
             train_alone(members[0], watch)
-        else:
+        elif not _all_done(members):
             tune_all(members, watch)
     recording.send()
     return _close(folder, members, recording)
+
+
+def _all_done(members: list[OpenMember]) -> bool:
+    return all(is_done(one.journal.record) for one in members)
 
 
 def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int:
@@ -265,8 +295,7 @@ def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int
     print_result(folder)
     if command:
         print(f"W&B records are offline; upload them by: {command}")
-    records = [one.journal.record for one in members]
-    if not all(is_done(record) for record in records):
+    if not _all_done(members):
         print(
             f"Interrupted. Go on by: sparsetune resume {folder.name}{storage_words(folder.parent)}"
         )
@@ -355,8 +384,6 @@ def train_alone(one: OpenMember, watch: Watch) -> None:
 
 def tune_all(members: list[OpenMember], watch: Watch) -> None:
     """All open and new trials of all members in one Tuner."""
-    if all(is_done(one.journal.record) for one in members):
-        return
     os.environ.update(QUIET)
     import ray
     from ray import tune
@@ -375,7 +402,8 @@ def tune_all(members: list[OpenMember], watch: Watch) -> None:
         )
         try:
             cpus, gpus = settings.resources.cpus, settings.resources.gpus
-            slots = settings.concurrency or _places(ray.cluster_resources(), cpus, gpus)
+            fit = _places([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus, gpus)
+            slots = settings.concurrency or fit
             searcher = JournalSearcher(
                 [search_member(one) for one in members], settings.seed, slots
             )
@@ -408,7 +436,42 @@ def tune_all(members: list[OpenMember], watch: Watch) -> None:
             ray.shutdown()
 
 
-def _places(resources: dict[str, float], cpus: float, gpus: float) -> int:
-    """Trials that fit into a cluster's resources at once."""
-    by_gpu = int(resources.get("GPU", 0) / gpus) if gpus else sys.maxsize
-    return max(1, min(by_gpu, int(resources.get("CPU", 1) / max(cpus, 1e-9))))
+def _places(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
+    """Trials that fit into a cluster's nodes at once; ClusterError where none does."""
+    fit = 0
+    for has in nodes:
+        by_gpu = int(has.get("GPU", 0) / gpus) if gpus else sys.maxsize
+        fit += min(by_gpu, int(has.get("CPU", 0) / cpus))
+    if not fit:
+        most = {
+            kind: max((has.get(kind, 0) for has in nodes), default=0) for kind in ("CPU", "GPU")
+        }
+        raise ClusterError(
+            f"resources: a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, and no node has as much "
+            f"(at most {most['CPU']:g} CPUs, {most['GPU']:g} GPUs); give resources.cpus=N, "
+            "resources.gpus=N"
+        )
+    return fit
+
+
+def check_address(address: str) -> None:
+    """ClusterError where nobody answers there; Ray itself would try for minutes."""
+    if not address:
+        return
+    place = address.removeprefix("ray://")
+    if address == "auto":
+        known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+        place = os.environ.get("RAY_ADDRESS") or (known.read_text() if known.exists() else "")
+        if not place:
+            raise ClusterError(
+                "ray.address: auto finds no cluster on this machine; start one by `ray start "
+                "--head`, give ray.address=HOST:PORT, or leave it out to use this machine alone"
+            )
+    host, _, port = place.strip().rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"ray.address: no cluster answers at '{place}' ({error}); write HOST:PORT of a head "
+            "that runs, or leave it out to use this machine alone"
+        ) from error

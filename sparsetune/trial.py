@@ -104,7 +104,9 @@ def trainable(config: dict[str, Any]) -> None:
     """
     from ray import tune
 
-    settings = from_dict(TrialSettings, config)
+    from sparsetune.config import trial_settings
+
+    settings = trial_settings(config)
     threads = tune.get_context().get_trial_resources().required_resources.get("CPU", 1)
     torch.set_num_threads(max(1, int(threads)))
     setup = setup_of(settings, "auto")

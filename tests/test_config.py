@@ -128,7 +128,7 @@ def test_words(word: str, given: dict[str, Any]) -> None:
         ("sampler.name=tpee", "sampler.name: 'tpee' is unknown; did you mean 'tpe'?"),
         ("engine=stacked", "engine: 'stacked' is unknown; known: auto, solo"),
         ("wandb.mode=on", "wandb.mode: 'on' is unknown; known: auto, online"),
-        ("constraint.density/all=low", "constraint.density/all: 'low' is no number"),
+        ("constraint.density/all=low", "constraint.density/all: 'low' is no bound"),
     ],
 )
 def test_a_bad_word(word: str, message: str, storage: Path) -> None:
@@ -187,6 +187,12 @@ def test_a_bad_word(word: str, message: str, storage: Path) -> None:
          "scheduler.grace: 2 of 12 epochs; allowed: 3 to 12, a quarter or more, because"),
         (["set", "scheduler.name=asha", "objective=val/loss,density/all"],
          "scheduler.name: asha compares trials by one objective, and there are 2; use"),
+        (["set", "storage="], "storage: an empty value is out of range; allowed: a folder's path"),
+        (["dst", "constraint.density/all=nan"], "constraint.density/all: 'nan' is no bound"),
+        (["dst", "constraint.density/all=inf"], "constraint.density/all: 'inf' is no bound"),
+        (["set", "model.match_density=0.1"], "model.match_density: makes a small dense network"),
+        (["dst", "model.match_density=0.1"], "model.match_density: makes a small dense network"),
+        (["set", "resources.gpus=99"], "resources.gpus: a trial asks for 99 and this machine has"),
         (["set", "storage=s3://bucket"], "storage: 's3://bucket' is no folder"),
     ],
 )  # fmt: skip
@@ -207,12 +213,11 @@ def test_bad_storage_and_an_existing_name(tmp_path: Path, storage: Path) -> None
         sweep("set")
 
 
-def test_a_folder_without_the_right_to_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
+def test_a_folder_without_the_right_to_write() -> None:
+    # The rights there say that root may write.
     with pytest.raises(ValueError, match=r"^storage: .* cannot be written to; give storage=FOLD"):
-        sweep("set")
+        sweep("set", "storage=/proc/sweeps")
 
 
 # Members ------------------------------------------------------------------------------------------

@@ -318,6 +318,32 @@ def test_a_rule_asks_for_the_momenta_and_gradients_that_it_reads(case: Case) -> 
             assert (out[2] is None) == (argument == "momenta")
 
 
+def test_tensors_that_do_not_fit_are_named() -> None:
+    w, two = torch.ones(2, 3), {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}
+    for argument in ("momenta", "grads"):
+        given = {"momenta": two, "grads": two, argument: {"a": w}}
+        method, words = METHODS["sm"], {"growth": "gradient", "redistribution": "momentum"}
+        with pytest.raises(ValueError, match=rf"^{argument}: .* with b$"):
+            update(method, two, two, variant=words, **given)
+        given[argument] = {"a": w, "b": torch.ones(6)}
+        with pytest.raises(
+            ValueError, match=rf"^{argument}: 'b' has shape \[6\] and its .* \[2, 3\]"
+        ):
+            update(method, two, two, variant=words, **given)
+    with pytest.raises(ValueError, match=r"^masks: 'c' is none of params, which has a, b"):
+        update(METHODS["set"], two, {"c": w})
+    with pytest.raises(ValueError, match=r"^masks: 'a' has shape"):
+        update(METHODS["set"], two, {"a": torch.ones(3, 2)})
+
+
+@pytest.mark.parametrize("name", ["set", "dsr", "sm", "rigl"])
+def test_a_layer_without_a_weight_gives_no_nan(name: str) -> None:
+    """No update empties a layer, but a user may hand one in."""
+    w, mask = torch.ones(2, 3), torch.zeros(2, 3)
+    out = update(METHODS[name], {"w": w}, {"w": mask}, {"w": w}, {"w": w})
+    assert bool(torch.stack([t.isfinite().all() for t in out[3]]).all()), out[3]
+
+
 # Lifted equals alone ------------------------------------------------------------------------------
 
 SLOTS = 4
@@ -863,10 +889,42 @@ def test_every_float_dtype_works_and_is_kept(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", cases(lambda method: method.name in ("static", "dense")))
-def test_the_controls_change_nothing(case: Case) -> None:
+def test_the_controls_change_no_mask(case: Case) -> None:
     e = example(17)
     params, masks, momenta, _ = run(case, e, progress=0.5)
-    assert_equal_trees((params, masks, momenta), (e.params, e.masks, e.momenta))
+    expected = dict(e.params), dict(e.momenta)
+    if case[0] == "static":  # absent weights and their momenta are zero, whatever came in
+        expected = (
+            {k: v * e.masks.get(k, 1) for k, v in e.params.items()},
+            {k: v * e.masks.get(k, 1) for k, v in e.momenta.items()},
+        )
+    assert_equal_trees((params, masks, momenta), (expected[0], e.masks, expected[1]))
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_parameters_of_a_module_leave_no_graph_behind(case: Case) -> None:
+    e = example(3)
+    e = dataclasses.replace(
+        e,
+        params={k: torch.nn.Parameter(p) for k, p in e.params.items()},
+        momenta={k: m.requires_grad_() for k, m in e.momenta.items()},
+    )
+    params, _, momenta, state = run(case, e, progress=0.2)
+    assert all(t.grad_fn is None for t in leaves((params, momenta, state)))
+    assert not any(t.requires_grad for t in leaves(state))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dense", "dst")])
+def test_absent_weights_are_zero_whatever_came_in(name: str, bad: float) -> None:
+    w = torch.tensor([[1.0, bad, -1.0, 0.5, bad, bad, 2.0, 3.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1]]).bool()
+    zeros = {"w": torch.zeros_like(w)}
+    hp = {"density": 0.25} if name == "gmp" else {}
+    params, masks, _, _ = update(
+        METHODS[name], {"w": w}, {"w": mask}, zeros, zeros, hp=hp, progress=1.0
+    )
+    assert bool((params["w"][~masks["w"]] == 0).all())
 
 
 def test_keys_name_the_layer_the_purpose_the_number_and_the_seed() -> None:

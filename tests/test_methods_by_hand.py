@@ -950,6 +950,20 @@ def test_dsts_guard_resets_a_collapsed_layer_and_its_momentum(guard: str) -> Non
         assert torch.equal(reset[t_name], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dsts_guard_counts_beyond_the_whole_numbers_of_half_floats(dtype: torch.dtype) -> None:
+    # 1,001 of 100,000 are left, just above the guard's 1 %; bfloat16 cannot hold 1,001.
+    weight = torch.full((100_000, 1), 0.125, dtype=dtype)
+    weight[:1001] = 1
+    params = {"w": weight, NAME: torch.tensor(0.5, dtype=dtype)}
+    after, masks, _, _ = update(
+        METHODS["dst"], params, {"w": first(1, 1).expand(100_000, 1)},
+        variant={"granularity": "scalar"}, state=(),
+    )  # fmt: skip
+    assert float(after[NAME]) == 0.5
+    assert sizes(masks) == [1001]
+
+
 def test_dsts_guard_leaves_zeros_masked() -> None:
     # t = 0 masks |w| = 0 still.
     params = {"w": row(0, 0.5, -0.5), NAME: torch.tensor([9.0])}
@@ -1161,6 +1175,12 @@ def due(
         pytest.param(UpdateSchedule(every=100), 12, [], id="longer-than-training"),
         pytest.param(UpdateSchedule(every=2, first=0.5), 10, [6, 8], id="first-at-step-5"),
         pytest.param(UpdateSchedule(every=2, stop=0.5), 12, [2, 4, 6], id="stop-at-step-6"),
+        # 0.07 * 100 is 7.000000000000001
+        pytest.param(UpdateSchedule(every=7, first=0.07, stop=0.2), 100, [7, 14], id="first-at-7"),
+        pytest.param(
+            UpdateSchedule(every=7, doublings=(0.07,), stop=0.3), 100, [14, 28], id="doubles-at-7"
+        ),
+        pytest.param(UpdateSchedule(every=1, stop=0.0), 12, [], id="stop-0-every-step"),
         pytest.param(UpdateSchedule(every=2, stop=0.0), 12, [], id="stopped-at-once"),
         # every 2; from step 8 every 4
         pytest.param(

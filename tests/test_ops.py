@@ -104,6 +104,21 @@ def test_lowest_equals_sorting_alone_and_lifted_with_a_count_per_slot(
     assert [positions(row) for row in torch.vmap(ops.lowest)(score, eligible, count)] == expected
 
 
+@pytest.mark.parametrize("levels", [0, 30], ids=["distinct", "ties"])
+@pytest.mark.parametrize("order", ["random", "rising", "falling"])
+@pytest.mark.parametrize("wanted", [1, 7, 400, 4_000, 19_999])
+def test_lowest_of_many_is_what_sorting_gives(levels: int, order: str, wanted: int) -> None:
+    # A sample guesses where the last one lies, and the sorted orders make it guess badly.
+    score = torch.rand(80_000, generator=torch.Generator().manual_seed(0))
+    score = (score * levels).floor() if levels else score
+    if order != "random":
+        score = score.sort(descending=order == "falling").values
+    eligible = torch.arange(len(score)) % 5 > 0
+    expected = torch.zeros_like(eligible)
+    expected[score.masked_fill(~eligible, math.inf).argsort(stable=True)[:wanted]] = True
+    assert torch.equal(ops.lowest(score, eligible, num(wanted)), expected)
+
+
 def test_lowest_lifted_over_one_argument_at_a_time() -> None:
     score, eligible = vec(3, 1, 2, 1), torch.tensor([True, True, True, False])
     # counts 0, 1, 2, 3 of the order 1, 2, 0
@@ -188,6 +203,19 @@ APPORTION_CASES = [
 @pytest.mark.parametrize(("shares", "amount", "caps", "expected"), APPORTION_CASES)
 def test_apportion(shares: list[int], amount: int, caps: list[int], expected: list[int]) -> None:
     assert ops.apportion(vec(*shares), num(amount), vec(*caps)).tolist() == expected
+
+
+def test_apportion_gives_equal_remainders_to_the_earlier_layer() -> None:
+    # 4 * 9/14 = 2 + 4/7, 4 * 2/14 = 4/7, 4 * 3/14 = 6/7: two units, to the third and the first.
+    assert ops.apportion(vec(9, 2, 3), num(4), vec(5, 25, 9)).tolist() == [3, 0, 1]
+
+
+def test_below_is_the_same_alone_and_lifted() -> None:
+    for dtype in DTYPES:
+        values, threshold = torch.tensor([0.7, 0.5], dtype=dtype), num(0.7)
+        assert ops.below(values, threshold).tolist() == [False, True]
+        lifted = torch.vmap(ops.below)(values[None], threshold[None])
+        assert lifted.tolist() == [[False, True]]
 
 
 LAYERS = st.integers(1, 6)

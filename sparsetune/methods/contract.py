@@ -9,6 +9,7 @@ there is no `.item()`, no branch on a tensor, no boolean indexing and no random 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -43,6 +44,16 @@ class Growth(NamedTuple):
     new_value: str  # zero | normal | keep (a dropped and regrown weight keeps its value)
 
 
+def _steps(share: float, num_steps: int) -> int:
+    """Whole steps in a share of all; 0.57 of 100 is 57, though 0.57 * 100 is a little less."""
+    return math.floor((share + 1e-9) * num_steps)
+
+
+def _steps_before(share: float, num_steps: int) -> int:
+    """Steps that lie before a share of all; 0.07 of 100 has 6, though 0.07 * 100 is above 7."""
+    return math.ceil((share - 1e-9) * num_steps) - 1
+
+
 @dataclass(frozen=True)
 class UpdateSchedule:
     """When the topology is updated. Shares are of all steps of the training.
@@ -57,20 +68,21 @@ class UpdateSchedule:
     doublings: tuple[float, ...] = ()
 
     def last(self, num_steps: int) -> int:
-        """The step at `stop`; 0.57 of 100 steps is 57, though 0.57 * 100 is a little less."""
-        return max(1, int(self.stop * num_steps + 1e-9 * num_steps))
+        """The step at `stop`, at least 1."""
+        return max(1, _steps(self.stop, num_steps))
 
     def interval(self, step: int, num_steps: int, steps_per_epoch: int) -> int:
         """Steps between updates at `step`."""
         every = steps_per_epoch if self.every == "epoch" else int(self.every)
-        return every << sum(step >= share * num_steps for share in self.doublings)
+        return every << sum(step > _steps_before(share, num_steps) for share in self.doublings)
 
     def is_due(self, step: int, num_steps: int, steps_per_epoch: int, closes: bool = False) -> bool:
         """Is the topology updated after optimizer step `step` (1 .. num_steps)?"""
-        stop = self.last(num_steps)
-        if closes and step == stop:
+        if closes and step == self.last(num_steps):
             return True
-        if step < self.first * num_steps or step > stop or step == num_steps:
+        if step <= _steps_before(self.first, num_steps) or step > _steps(self.stop, num_steps):
+            return False
+        if step == num_steps:
             return False
         return step % self.interval(step, num_steps, steps_per_epoch) == 0
 

@@ -35,6 +35,7 @@ from sparsetune.methods.contract import (
 from sparsetune.methods.ops import (
     ROUNDING,
     apportion,
+    below,
     count,
     keep_one,
     mean_magnitude,
@@ -83,9 +84,7 @@ def decide(
     active: dict[str, Active], shapes: Shapes, state: State, hp: Any, progress: Tensor, variant: Any
 ) -> tuple[Layers, Layers, State]:
     keep = {
-        name: keep_one(
-            layer.valid & ~(layer.value.abs() < state.threshold), layer.value, layer.valid
-        )
+        name: keep_one(layer.valid & ~below(layer.value, state.threshold), layer.value, layer.valid)
         for name, layer in active.items()
     }
     before = stack({name: count(layer.valid) for name, layer in active.items()})
@@ -110,7 +109,11 @@ def decide(
     num = total(before)
     moved = _steered(state, num_dropped, num, hp)
     threshold = moved if variant.threshold_mode == "adaptive" else state.threshold
-    return keep, dict(zip(active, grow, strict=True)), State(threshold, num_dropped / num)
+    return (
+        keep,
+        dict(zip(active, grow, strict=True)),
+        State(threshold, num_dropped / num.clamp(min=1)),
+    )
 
 
 METHOD = Method(

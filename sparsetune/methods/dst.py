@@ -116,7 +116,8 @@ def init(
 
 def _collapsed(gate: Tensor, variant: Any) -> Tensor:
     """Is the guard to open the layer? 0-d bool."""
-    return (gate.sum() <= GUARD_DENSITY * gate.numel()) & (variant.guard == "on")
+    active = gate.sum(dtype=torch.promote_types(gate.dtype, torch.float32))  # bfloat16 has no 1001
+    return (active <= GUARD_DENSITY * gate.numel()) & (variant.guard == "on")
 
 
 def sparsify(params: Layers, gates: Layers, state: Any, hp: Any, variant: Any) -> Layers:

@@ -32,7 +32,9 @@ class Hyperparameters:
 
 
 class State(NamedTuple):
-    rate: Tensor  # share dropped at the last update, float64 0-d
+    """`rate` is the share of each layer that the last update dropped, float64 0-d."""
+
+    rate: Tensor
 
 
 def init(

@@ -29,7 +29,7 @@ from sparsetune.methods.contract import (
     hyperparameters,
     number,
 )
-from sparsetune.methods.ops import annealed, count, lowest, snapped, stack, total
+from sparsetune.methods.ops import annealed, below, count, lowest, snapped, stack, total
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def init(
 def _signwise(layer: Active, zeta: Tensor) -> Tensor:
     positive = layer.valid & (layer.value > 0)
     negative = layer.valid & (layer.value < 0)
-    zero = layer.valid & ~positive & ~negative
+    zero = layer.valid & (layer.value == 0)
     smallest = lowest(layer.value, positive, torch.round(snapped(zeta * count(positive))))
     largest = lowest(-layer.value, negative, torch.round(snapped(zeta * count(negative))))
     return smallest | largest | zero
@@ -76,9 +76,9 @@ def _below(layer: Active, threshold: Tensor, hp: Any, variant: Any) -> Tensor:
         mean = value.sum() / num.clamp(min=1)
         spread = (value - mean).square().masked_fill(~layer.valid, 0).sum() / num.clamp(min=1)
         threshold = threshold * spread.sqrt()
-    below = count(layer.valid & (layer.value.abs() < threshold))
+    wanted = count(layer.valid & below(layer.value, threshold))
     most = torch.minimum(torch.floor(snapped(hp.max_prune * num)), num - 1)
-    return lowest(layer.value.abs(), layer.valid, torch.minimum(below, most))
+    return lowest(layer.value.abs(), layer.valid, torch.minimum(wanted, most))
 
 
 def decide(
@@ -97,7 +97,7 @@ def decide(
             drop = _below(layer, threshold, hp, variant)
         keep[name], grow[name] = layer.valid & ~drop, count(drop)
     num = stack({name: count(layer.valid) for name, layer in active.items()})
-    dropped = total(stack(grow)) / total(num)
+    dropped = total(stack(grow)) / total(num).clamp(min=1)
     return keep, grow, State(dropped)
 
 

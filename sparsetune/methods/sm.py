@@ -8,7 +8,8 @@ holds dense gradients, and nothing resets it.
 Written from the authors' code (`sparselearning/core.py`), with its nearly-dense guard, its cap of
 0.99 and its carried correction of the total; the loop that spreads what layers cannot take is
 water filling here (`ops.water_fill`). Variants off the paper: growth, redistribution, regrown,
-decay; `redistribution: none` means that each layer regrows what it lost (in that code it grows in
+decay (the founding description's 50 % in every layer is `decay: none`; the guard stays);
+`redistribution: none` means that each layer regrows what it lost (in that code it grows in
 proportion to layer size). A layer keeps at least one weight.
 """
 
@@ -63,7 +64,8 @@ class Hyperparameters:
 
 class State(NamedTuple):
     """Float64 0-d each. `baseline` weights are meant to be active; `correction` of the total is
-    carried to the next update, from the sum of all misses and the number of updates so far."""
+    carried to the next update, from the sum of all misses and the number of updates so far. `rate`
+    is the share that the last update dropped of each layer that is not nearly dense."""
 
     baseline: Tensor
     correction: Tensor
@@ -84,13 +86,13 @@ def init(
 def _shares(active: dict[str, Active], num: Tensor, variant: Any) -> Tensor:
     """[L], sum 1: how the freed weights are handed out."""
     if variant.redistribution in ("nonzero", "none"):
-        return num / total(num)
+        return num / total(num).clamp(min=1)
     field = "momentum" if variant.redistribution == "momentum" else "value"
     means = stack(
         {name: mean_magnitude(getattr(layer, field), layer.valid) for name, layer in active.items()}
     )
     weight = torch.where(total(means) > 0, means, num)
-    return weight / total(weight)
+    return weight / total(weight).clamp(min=1e-300)
 
 
 def decide(
@@ -107,7 +109,7 @@ def decide(
     sparsity = 1 - num / sizes
     guarded = (sparsity < NEARLY_DENSE - ROUNDING) & (shares > 1 / len(active) + ROUNDING)
     rates = torch.where(guarded, torch.minimum(sparsity, rate), rate)
-    drop = torch.minimum(torch.ceil(snapped(rates * num)), num - 1)
+    drop = torch.minimum(torch.ceil(snapped(rates * num)), num - 1).clamp(min=0)
 
     if variant.redistribution == "none":
         grow = drop
@@ -122,7 +124,9 @@ def decide(
     miss = state.baseline - total(num - drop + grow)
     miss_sum, updates = state.miss_sum + miss, state.updates + 1
     correction = 0.25 * state.correction + 0.75 * miss + miss_sum / updates
-    after = State(state.baseline, correction, miss_sum, updates, rate, total(drop) / total(num))
+    after = State(
+        state.baseline, correction, miss_sum, updates, rate, total(drop) / total(num).clamp(min=1)
+    )
     return keep, dict(zip(active, grow, strict=True)), after
 
 

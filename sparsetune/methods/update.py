@@ -159,7 +159,8 @@ def _regrown(
             elif growth.new_value == "keep":
                 survivors = mask & layer.valid
         shape = shapes[name]
-        new_params[name] = (layer.value * survivors + new).view(shape)
+        # Not a product: what is NaN or infinite must not stay where a weight is absent.
+        new_params[name] = (layer.value.masked_fill(~survivors, 0) + new).view(shape)
         new_masks[name] = mask.view(shape)
         # A dense gradient at every step fills the moments of absent weights, on purpose.
         if method.dense_gradient(variant) != "always":
@@ -167,17 +168,33 @@ def _regrown(
     return new_params, new_masks, reset
 
 
-def _check_given(method: Method, variant: Any, momenta: Any, grads: Any) -> None:
-    given = {"momentum": momenta, "gradient": grads}
-    argument = {"momentum": "momenta", "gradient": "grads"}
-    for need in sorted(method.needs(variant)):
-        if given[need] is None:
+def _check_given(method: Method, variant: Any, params: Any, masks: Any, **given: Any) -> None:
+    """`given`: momentum and gradient. ValueError for what is missing or has another shape."""
+    for name, mask in masks.items():
+        if name not in params:
+            raise ValueError(f"masks: '{name}' is none of params, which has {', '.join(params)}")
+        _check_shape("masks", name, mask, params)
+    for what, argument in (("gradient", "grads"), ("momentum", "momenta")):
+        tensors = given[what] or {}
+        for name in tensors.keys() & params.keys():
+            _check_shape(argument, name, tensors[name], params)
+        missing = [name for name in masks if name not in tensors]
+        if what in method.needs(variant) and missing:
             raise ValueError(
-                f"{argument[need]}: method '{method.name}' with this variant reads the {need}; "
-                f"give {argument[need]}={{layer: tensor}}"
+                f"{argument}: method '{method.name}' with this variant reads the {what} of each "
+                f"layer; give {argument}={{layer: tensor}} with {', '.join(missing)}"
             )
 
 
+def _check_shape(argument: str, name: str, tensor: Tensor, params: Any) -> None:
+    if tensor.shape != params[name].shape:
+        raise ValueError(
+            f"{argument}: '{name}' has shape {list(tensor.shape)} and its parameter "
+            f"{list(params[name].shape)}; give both the same"
+        )
+
+
+@torch.no_grad()
 def update(
     method: Method,
     params: Mapping[str, Tensor],
@@ -201,10 +218,12 @@ def update(
     `progress` is the share of the time in which the topology changes; `number` and `seed` key the
     random numbers. For DST: `masks` of params["<weight>.threshold"], after the collapse guard.
     """
+    if not masks:
+        raise ValueError("masks: names no sparse layer; give masks={layer: tensor}")
     numbers = dict(hp or {})
     density = float(numbers.pop("density", 1.0))
     choices = make_variant(method, variant or {})
-    _check_given(method, choices, momenta, grads)
+    _check_given(method, choices, params, masks, momentum=momenta, gradient=grads)
     device = next(iter(params.values())).device
     settings = make_hyperparameters(method, numbers, device)
     new_params, new_masks = dict(params), {k: m.to(torch.bool) for k, m in masks.items()}
@@ -240,8 +259,11 @@ def update(
     elif method.after_step is not None:
         changed, _, reset = method.after_step(new_params, state, settings, choices)
         new_params |= changed
-    else:
+    elif method.begins == "dense":
         reset = {}
+    else:
+        reset = {name: ~mask for name, mask in new_masks.items()}
+        new_params |= {name: new_params[name].masked_fill(reset[name], 0) for name in reset}
     if method.masks_of is not None:
         new_masks = method.masks_of(new_params)
     new_momenta = None
