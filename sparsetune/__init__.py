@@ -10,7 +10,7 @@ __all__ = ["trainable"]
 def __getattr__(name: str) -> Any:
     # Late, so that `import sparsetune.methods` needs no more than torch and no Ray.
     if name == "trainable":
-        from sparsetune.trial import trainable
+        from sparsetune.alone import trainable
 
         return trainable
     raise AttributeError(f"module 'sparsetune' has no attribute '{name}'")

@@ -66,6 +66,7 @@ def sweep(words: tuple[str, ...], dry_run: bool) -> None:
 
 def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run: bool) -> None:
     from sparsetune import member, sweep
+    from sparsetune.cluster import check_address
 
     spaces = [word for word in words if "=" not in word and word[:1] not in "+~"]
     with ExitStack() as stack:
@@ -75,7 +76,7 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
                 click.echo(_preview(resolved))
                 return
             if command == "sweep":
-                sweep.check_address(resolved.settings.ray.address)
+                check_address(resolved.settings.ray.address)
                 click.echo(f"Early stopping: {resolved.scheduling.reason}.", err=True)
             sweep.create(resolved, command)
             members = stack.enter_context(sweep.opened(resolved.storage, resolved.name))
@@ -84,10 +85,11 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
 
 def _run(members: list[Any]) -> int:
     from sparsetune import sweep
+    from sparsetune.cluster import ClusterError
 
     try:
         return sweep.run(members)
-    except sweep.ClusterError as error:
+    except ClusterError as error:
         click.echo(f"sparsetune: {error}", err=True)
         return 2
 

@@ -59,10 +59,12 @@ class RaySettings:
 
 @dataclass
 class ResourceSettings:
-    """Of one trial."""
+    """What trains: engines, each a process with one device and places for trials. 0: as many as
+    the machines have room for (engines), as the engine does well with (slots, threads)."""
 
-    cpus: float = 1.0
-    gpus: float = 0.0
+    engines: int = 0
+    slots: int = 0  # of each engine
+    threads_per_engine: int = 0
 
 
 @dataclass
@@ -74,7 +76,7 @@ class SweepSettings(TrialSettings):
     trials: int = 20  # of each member
     objective: Any = "val/accuracy"  # a metric of the last epoch, or a list of them
     constraint: dict[str, float] = field(default_factory=dict)  # metric -> its upper bound
-    concurrency: int = 0  # trials at once; 0: as many as there are cores
+    concurrency: int = 0  # trials at once; 0: as many as there are slots
     device: str = "auto"
     engine: str = "auto"  # auto | solo
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -121,18 +123,24 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("1 or more", lambda value: value >= 1),
     ),
     **dict.fromkeys(
-        ("concurrency", "data.limit", "scheduler.grace", "sampler.startup", "seed"),
+        (
+            "concurrency",
+            "data.limit",
+            "scheduler.grace",
+            "sampler.startup",
+            "seed",
+            "resources.engines",
+            "resources.slots",
+            "resources.threads_per_engine",
+        ),
         ("0 or more", lambda value: value >= 0),
     ),
     "order_seed": ("0 or more, or null", lambda value: value is None or value >= 0),
     **dict.fromkeys(
-        ("optimizer.lr", "optimizer.eps", "resources.cpus"),
+        ("optimizer.lr", "optimizer.eps"),
         ("above 0", lambda value: 0 < value < math.inf),
     ),
-    **dict.fromkeys(
-        ("optimizer.weight_decay", "resources.gpus"),
-        ("0 or more", lambda value: 0 <= value < math.inf),
-    ),
+    "optimizer.weight_decay": ("0 or more", lambda value: 0 <= value < math.inf),
     **dict.fromkeys(
         ("optimizer.momentum", "optimizer.beta2", "data.validation"),
         ("0 or more and below 1", lambda value: 0 <= value < 1),

@@ -418,17 +418,18 @@ def _check_members(members: list[Member]) -> None:
 
 
 def check_machine(settings: SweepSettings) -> None:
-    """ValueError where one trial asks for more than this machine has: it would wait for ever."""
+    """ValueError where engines need more than this machine has: they would wait for ever."""
     if settings.ray.address:
         return  # the cluster's nodes are another matter
     choose_device(settings.device)
-    has = {"cpus": os.cpu_count() or 1, "gpus": torch.cuda.device_count()}
-    for name, there in has.items():
-        if (asked := getattr(settings.resources, name)) > there:
-            raise ValueError(
-                f"resources.{name}: a trial asks for {asked:g} and this machine has {there}; give "
-                f"resources.{name}={there} or less, or the ray.address of a cluster"
-            )
+    cores, resources = os.cpu_count() or 1, settings.resources
+    threads, engines = max(1, resources.threads_per_engine), max(1, resources.engines)
+    if engines * threads > cores:
+        raise ValueError(
+            f"resources: {engines} engines of {threads} threads, and this machine has {cores} "
+            "cores; give fewer by resources.engines=N, resources.threads_per_engine=N, or the "
+            "ray.address of a cluster"
+        )
 
 
 def _corners(member: Member) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:

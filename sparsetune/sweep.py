@@ -8,53 +8,37 @@ scratch and are thrown away.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
 import shutil
-import signal
-import socket
 import sys
-import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from sparsetune import config
+from sparsetune import config, trainer
+from sparsetune.alone import epochs
+from sparsetune.cluster import check_address, tune_all
 from sparsetune.data import load as load_data
+from sparsetune.engine.pool import Choice, choose
 from sparsetune.member import Member, Sweep, check_machine
 from sparsetune.progress import Progress
 from sparsetune.search.journal import Journal, SweepLock, Trial
 from sparsetune.search.study import MemberSearch, SearchMember
 from sparsetune.status import is_done, member_folders, print_result
 from sparsetune.tracking import Tracker
-from sparsetune.trial import epochs, sweep_trial, trial_folder
+from sparsetune.trainer import choose_device
+from sparsetune.trial import trial_folder
+from sparsetune.watch import Watch
 
 PLACES = (
-    "concurrency", "device", "ray.address", "resources.cpus", "resources.gpus", "wandb.mode",
+    "concurrency", "device", "engine", "ray.address", "resources.engines", "resources.slots",
+    "resources.threads_per_engine", "wandb.mode",
 )  # fmt: skip
 """Settings that no result depends on, so that a sweep may go on elsewhere."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ANSWER_SECONDS = 5.0  # how long a cluster's head may take to answer
-PATIENCE_SECONDS = 20.0  # how long a running epoch may take to end after Ctrl-C
-
-QUIET = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the journal is the truth; a snapshot costs 13 ms
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # users' relative paths and modules go on meaning the same
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
-}
-
-
-class ClusterError(ValueError):
-    """A cluster that cannot be used; says what to do."""
 
 
 @dataclass
@@ -162,17 +146,14 @@ def _check_unchanged(one: OpenMember) -> None:
 
 
 def search_member(one: OpenMember) -> SearchMember:
-    """The member as the searcher sees it; trials are told where they live and on what they run."""
-    settings, path = one.member.settings, [str(Path.cwd())]
+    """The member as the searcher sees it; trials are told where they live."""
+    settings = one.member.settings
 
     def configure(params: dict[str, Any], fixed: dict[str, Any], number: int) -> dict[str, Any]:
         about = {
             "folder": str(trial_folder(one.folder, number)),
-            "device": settings.device,
-            "threads": max(1, int(settings.resources.cpus)),
             "save_every": settings.checkpoint.every,
             "generation": one.journal.record.generation,
-            "path": path,
         }
         return one.member.configure(params, fixed, number) | {"trial": about}
 
@@ -275,13 +256,27 @@ def run(members: list[OpenMember]) -> int:
     note_driver(members)
     recording = Recording(members, folder.name, folder)
     with Progress({one.member.name: (one.member, one.journal.record) for one in members}) as bar:
-        watch = Watch(recording, bar)
+        watch = Watch(recording.send, bar)
         if members[0].journal.record.header["command"] == "train":
             train_alone(members[0], watch)
         elif not _all_done(members):
-            tune_all(members, watch)
+            sweep = Sweep("", Path(), [one.member for one in members])
+            searches = [search_member(one) for one in members]
+            tune_all(searches, sweep.settings, sweep.scheduling, _slots(members), watch)
     recording.send()
     return _close(folder, members, recording)
+
+
+def _slots(members: list[OpenMember]) -> int:
+    """Places that the engines of these members should have."""
+    return max(_choice(one).slots for one in members)
+
+
+def _choice(one: OpenMember) -> Choice:
+    """What `engine` comes to for the member's trials, on this machine."""
+    settings = one.member.settings
+    setup = trainer.prepare(one.member.trial_settings({}, {}), choose_device(settings.device))
+    return choose(settings.engine, setup)
 
 
 def _all_done(members: list[OpenMember]) -> bool:
@@ -311,51 +306,6 @@ def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int
     return 1 if failed else 0
 
 
-class Watch:
-    """What is done between events: W&B, the table, and an orderly end after a signal.
-
-    The first SIGINT, SIGTERM or SIGUSR1 lets running trials finish their epoch, the second, or
-    PATIENCE_SECONDS, leaves them at their last checkpoints. Nothing is lost either way.
-    """
-
-    def __init__(self, recording: Recording, progress: Progress) -> None:
-        self.recording, self.progress = recording, progress
-        self.leaving_since: float | None = None
-        self.on_leave: Callable[[], None] = lambda: None
-
-    def tick(self) -> None:
-        self.recording.send()
-        self.progress.update()
-        if self.leaving_since and time.monotonic() - self.leaving_since > PATIENCE_SECONDS:
-            raise KeyboardInterrupt
-
-    def _signal(self, number: int, frame: FrameType | None) -> None:
-        if self.leaving_since is not None:
-            raise KeyboardInterrupt
-        self.leaving_since = time.monotonic()
-        self.progress.note("leaving: running epochs are being finished; again to leave at once")
-        self.on_leave()
-
-    def install(self) -> None:
-        """Called again once Ray and Tune, which install handlers of their own, have started."""
-        for number in SIGNALS:
-            signal.signal(number, self._signal)
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Handles signals until the end of the `with`, and swallows what they raise."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.install()
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self.leaving_since is None:
-                raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def train_alone(one: OpenMember, watch: Watch) -> None:
     """The open and new trials of a member one after another in this process, without Ray."""
     settings, record = one.member.settings, one.journal.record
@@ -373,105 +323,10 @@ def train_alone(one: OpenMember, watch: Watch) -> None:
                 if metrics["epoch"] > len(trial.reports):
                     search.report(trial.number, int(metrics["epoch"]), metrics, "CONTINUE")
                 watch.progress.epoch(one.member.name, metrics, trial_settings.epochs)
-                watch.recording.send()
+                watch.send()
                 if watch.leaving_since is not None:
                     break
             if metrics.get("diverged"):
                 search.end(trial.number, "diverged")
             elif len(trial.reports) == trial_settings.epochs:
                 search.end(trial.number, "finished")
-
-
-def tune_all(members: list[OpenMember], watch: Watch) -> None:
-    """All open and new trials of all members in one Tuner."""
-    os.environ.update(QUIET)
-    import ray
-    from ray import tune
-
-    from sparsetune.search.scheduler import Asha, JournalScheduler
-    from sparsetune.search.searcher import JournalSearcher, Reraise
-
-    settings = members[0].member.settings
-    address = settings.ray.address or "local"  # plain init joins a dead cluster's stale address
-    with watch.signals(), tempfile.TemporaryDirectory() as scratch:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=False if address == "local" else None,
-        )
-        try:
-            cpus, gpus = settings.resources.cpus, settings.resources.gpus
-            fit = _places([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus, gpus)
-            slots = settings.concurrency or fit
-            searcher = JournalSearcher(
-                [search_member(one) for one in members], settings.seed, slots
-            )
-            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-            scheduling = Sweep("", Path(), [one.member for one in members]).scheduling
-            asha = (
-                Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None
-            )
-            scheduler = JournalScheduler(searcher, settings.epochs, asha)
-            watch.on_leave = searcher.drain
-            if watch.leaving_since is not None:  # the signal came while Ray started
-                return
-            tuner = tune.Tuner(
-                tune.with_resources(sweep_trial, {"cpu": cpus, "gpu": gpus}),
-                tune_config=tune.TuneConfig(
-                    search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True
-                ),
-                run_config=tune.RunConfig(
-                    name="scratch",
-                    storage_path=scratch,
-                    callbacks=[Reraise(searcher, watch.tick, watch.install)],
-                    failure_config=tune.FailureConfig(max_failures=-1),
-                    verbose=0,
-                ),
-            )
-            tuner.fit()
-            if searcher.error is not None:
-                raise searcher.error
-        finally:
-            ray.shutdown()
-
-
-def _places(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
-    """Trials that fit into a cluster's nodes at once; ClusterError where none does."""
-    fit = 0
-    for has in nodes:
-        by_gpu = int(has.get("GPU", 0) / gpus) if gpus else sys.maxsize
-        fit += min(by_gpu, int(has.get("CPU", 0) / cpus))
-    if not fit:
-        most = {
-            kind: max((has.get(kind, 0) for has in nodes), default=0) for kind in ("CPU", "GPU")
-        }
-        raise ClusterError(
-            f"resources: a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, and no node has as much "
-            f"(at most {most['CPU']:g} CPUs, {most['GPU']:g} GPUs); give resources.cpus=N, "
-            "resources.gpus=N"
-        )
-    return fit
-
-
-def check_address(address: str) -> None:
-    """ClusterError where nobody answers there; Ray itself would try for minutes."""
-    if not address:
-        return
-    place = address.removeprefix("ray://")
-    if address == "auto":
-        known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-        place = os.environ.get("RAY_ADDRESS") or (known.read_text() if known.exists() else "")
-        if not place:
-            raise ClusterError(
-                "ray.address: auto finds no cluster on this machine; start one by `ray start "
-                "--head`, give ray.address=HOST:PORT, or leave it out to use this machine alone"
-            )
-    host, _, port = place.strip().rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"ray.address: no cluster answers at '{place}' ({error}); write HOST:PORT of a head "
-            "that runs, or leave it out to use this machine alone"
-        ) from error

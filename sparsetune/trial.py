@@ -1,56 +1,22 @@
-"""A trial under Ray Tune: train one setting, report each epoch, go on where it was left.
+"""A trial under Ray Tune: attach to an engine, report each epoch, detach.
 
-The rule to know: `epochs` is the one loop of a trial, with Ray or without. It yields the records
-that the newest checkpoint has before it trains on, so whoever lost some of them is told again, and
-it saves before it yields, so what was reported can be resumed.
+The rule to know: this process trains nothing and needs no torch. Whatever it lost, the engine's
+records and the checkpoint have, so it may report an epoch again, and the scheduler drops what the
+journal has.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-import tempfile
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sparsetune import checkpoint, data, trainer
-from sparsetune.memory import keep_freed_memory
-from sparsetune.settings import DataSettings, TrialSettings, from_dict
-from sparsetune.trainer import Metrics
-
 ATTEMPTS = 3  # of one trial under one driver; then it has failed
-
-
-@functools.lru_cache(maxsize=2)
-def _dataset(key: str) -> data.Dataset:
-    """Data sets stay with a process, which trains many trials one after another."""
-    return data.load(from_dict(DataSettings, json.loads(key)))
-
-
-def setup_of(settings: TrialSettings, device: str) -> trainer.Setup:
-    keep_freed_memory()
-    key = json.dumps(vars(settings.data), sort_keys=True)
-    return trainer.prepare(settings, trainer.choose_device(device), _dataset(key))
-
-
-def epochs(
-    settings: TrialSettings, device: str, folder: Path, save_every: int
-) -> Iterator[Metrics]:
-    """Records of all epochs of a trial that checkpoints in `folder`; ends early if it diverges."""
-    setup = setup_of(settings, device)
-    state, records = checkpoint.restore(setup, folder)
-    yield from records
-    while state.epoch < settings.epochs and not state.diverged:
-        state, metrics = trainer.train_epoch(setup, state)
-        records = [*records, metrics]
-        if state.epoch % save_every == 0 or state.epoch == settings.epochs or state.diverged:
-            checkpoint.save(folder, checkpoint.encode(state), records)
-        yield metrics
+ENGINE_SECONDS = 120.0  # how long an engine that was lost may take to come back
 
 
 def _attempt(folder: Path, generation: int) -> int:
@@ -71,58 +37,69 @@ def _attempt(folder: Path, generation: int) -> int:
 def sweep_trial(config: dict[str, Any]) -> None:
     """The trainable of our own sweeps.
 
-    `config` is a trial's settings plus `trial`: member, number, folder, device, threads,
-    save_every, generation of the driver and the folders where its modules are found. A trial that
-    failed ATTEMPTS times under one driver says so and returns; before that Ray tries it again.
+    `config` is a trial's settings plus `trial`: member, number, engine (the actor's name), folder,
+    save_every, generation of the driver. A trial that failed ATTEMPTS times under one driver says
+    so and returns; before that Ray tries it again.
     """
     from ray import tune
 
     about = config["trial"]
-    settings = from_dict(TrialSettings, {k: v for k, v in config.items() if k != "trial"})
-    sys.path.extend(entry for entry in about["path"] if entry not in sys.path)
-    torch.set_num_threads(about["threads"])
     folder = Path(about["folder"])
     attempt = _attempt(folder, about["generation"])
     try:
         if attempt > ATTEMPTS:
             raise RuntimeError(f"its process died {ATTEMPTS} times")
-        for record in epochs(settings, about["device"], folder, about["save_every"]):
-            tune.report({**record, "attempt": attempt})
+        with closing(_records(config, about)) as records:
+            for record in records:
+                tune.report({**record, "attempt": attempt})
     except Exception as error:
         (folder / "error.txt").write_text(traceback.format_exc())
         if attempt < ATTEMPTS:
             raise
-        tune.report({"failed": f"{type(error).__name__}: {error}", "attempt": attempt})
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        tune.report({"failed": reason, "attempt": attempt})
 
 
-def trainable(config: dict[str, Any]) -> None:
-    """A sparse training trial for anybody's `ray.tune.Tuner`; it checkpoints through Tune.
+def _records(
+    config: dict[str, Any], about: dict[str, Any]
+) -> Generator[dict[str, float], None, None]:
+    """The trial's records from its engine, from the first one that its checkpoint has."""
+    import ray
 
-    `config` holds what `TrialSettings` has, nested: {"method": "set", "density": 0.1, "epochs": 3,
-    "hp": {"zeta": 0.3}, "optimizer": {"lr": 0.1}, "data": {...}, "model": {...}}; what is left out
-    has the defaults. Reports one result per epoch, with the metrics of `trainer.measure`.
-    """
-    from ray import tune
+    settings = {key: value for key, value in config.items() if key != "trial"}
+    key, epoch, token = trial_key(about["member"], about["number"]), 0, 0
+    engine: Any = None
+    lost_since: float | None = None
+    try:
+        while epoch < settings["epochs"]:
+            try:
+                if engine is None:
+                    engine = ray.get_actor(about["engine"])
+                    given = key, settings, about["folder"], about["save_every"]
+                    token = ray.get(engine.attach.remote(*given))
+                records = ray.get(engine.after.remote(key, token, epoch))
+            except (ray.exceptions.RayActorError, KeyError):
+                # It was killed and starts again, without knowing anybody.
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > ENGINE_SECONDS:
+                    raise
+                engine = None
+                time.sleep(0.2)
+                continue
+            lost_since = None
+            for record in records:
+                yield record
+                epoch = int(record["epoch"])
+                if record["diverged"]:
+                    return
+    finally:
+        if engine is not None:
+            engine.detach.remote(key, token)
 
-    from sparsetune.config import trial_settings
 
-    settings = trial_settings(config)
-    threads = tune.get_context().get_trial_resources().required_resources.get("CPU", 1)
-    torch.set_num_threads(max(1, int(threads)))
-    setup = setup_of(settings, "auto")
-    given = tune.get_checkpoint()
-    records: list[Metrics] = []
-    if given is None:
-        state = trainer.begin(setup)
-    else:
-        with given.as_directory() as folder:
-            state, records = checkpoint.restore(setup, Path(folder))
-    while state.epoch < settings.epochs and not state.diverged:
-        state, metrics = trainer.train_epoch(setup, state)
-        records.append(metrics)
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(Path(folder), checkpoint.encode(state), records)
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+def trial_key(member: str, number: int) -> str:
+    """What a trial is called in its engine."""
+    return f"{member} {number}"
 
 
 def trial_folder(member_folder: Path, number: int) -> Path:

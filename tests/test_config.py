@@ -192,7 +192,7 @@ def test_a_bad_word(word: str, message: str, storage: Path) -> None:
         (["dst", "constraint.density/all=inf"], "constraint.density/all: 'inf' is no bound"),
         (["set", "model.match_density=0.1"], "model.match_density: makes a small dense network"),
         (["dst", "model.match_density=0.1"], "model.match_density: makes a small dense network"),
-        (["set", "resources.gpus=99"], "resources.gpus: a trial asks for 99 and this machine has"),
+        (["set", "resources.threads_per_engine=999"], "resources: 1 engines of 999"),
         (["set", "storage=s3://bucket"], "storage: 's3://bucket' is no folder"),
     ],
 )  # fmt: skip

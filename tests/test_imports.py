@@ -13,16 +13,19 @@ ROOT = Path(sparsetune.__file__).parent
 ORDER = [
     {"cli"},
     {"sweep"},
+    {"cluster"},
+    {"watch"},
     {"progress"},
     {"status"},
     {"member"},
-    {"trial", "tracking", "search.scheduler"},
+    {"alone", "tracking", "search.scheduler"},
     {"search.searcher"},
     {"search.study"},
     {"search.journal"},
     {"search.lock"},
     {"space"},
     {"config"},
+    {"engine.actor"},
     {"engine.pool"},
     {"engine.solo", "engine.stacked", "engine.csr"},
     {"checkpoint"},
@@ -31,12 +34,12 @@ ORDER = [
     {"models", "data"},
     {"data_files"},
     {"methods"},
-    {"imports", "memory", "settings"},
+    {"imports", "memory", "settings", "trial"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}
 ALLOWED = {  # who may import what the trainer's machine may lack
-    "ray": {"sweep", "trial", "search.searcher", "search.scheduler"},
+    "ray": {"cluster", "trial", "alone", "search.searcher", "search.scheduler"},
     "optuna": {"cli", "member", "space", "search.study"},
     "wandb": {"tracking"},
     "omegaconf": {"config", "space"},

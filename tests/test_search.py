@@ -117,7 +117,7 @@ def drive(
     after_result: Callable[[], None] = lambda: None,
 ) -> JournalSearcher:
     """Ray Tune, in short: asks while it gets trials, runs one epoch of each, listens."""
-    searcher = JournalSearcher(members, seed=5, concurrency=concurrency)
+    searcher = JournalSearcher(members, seed=5, engines={"engine-0": concurrency})
     scheduler = JournalScheduler(searcher, EPOCHS, asha)
     running: dict[str, tuple[dict[str, Any], int]] = {}
     for attempt in itertools.count():
@@ -255,7 +255,7 @@ def test_a_rebuilt_study_equals_the_one_that_lived_through_it(tmp_path: Path) ->
         return metrics["density/all"] - 0.5
 
     changes: dict[str, Any] = {"constraint": constraint}
-    lived = JournalSearcher([member_at(folder, **changes)], seed=5, concurrency=3)
+    lived = JournalSearcher([member_at(folder, **changes)], seed=5, engines={"engine-0": 3})
     scheduler = JournalScheduler(lived, EPOCHS, ASHA)
     configs = [lived.suggest(str(number)) for number in range(3)]
     assert lived.suggest("3") is None
@@ -268,7 +268,7 @@ def test_a_rebuilt_study_equals_the_one_that_lived_through_it(tmp_path: Path) ->
     metrics = own_metrics(measure(configs[3], 1))
     lived.searches["toy/set"].report(3, 1, metrics, "CONTINUE")
     assert lived.error is None
-    rebuilt = JournalSearcher([member_at(folder, **changes)], seed=5, concurrency=3)
+    rebuilt = JournalSearcher([member_at(folder, **changes)], seed=5, engines={"engine-0": 3})
     studies = [searcher.searches["toy/set"].study for searcher in (lived, rebuilt)]
     assert described(studies[0]) == described(studies[1])
     assert states(rebuilt, "toy/set") == [
@@ -341,7 +341,7 @@ def test_extending_goes_on_from_the_history(tmp_path: Path) -> None:
 
 def test_a_last_report_without_its_end_is_ended_by_the_next_driver(tmp_path: Path) -> None:
     folder = tmp_path / "toy" / "set"
-    searcher = JournalSearcher([member_at(folder)], seed=5, concurrency=3)
+    searcher = JournalSearcher([member_at(folder)], seed=5, engines={"engine-0": 3})
     search = searcher.searches["toy/set"]
     for number in range(3):
         searcher.suggest(str(number))
@@ -351,28 +351,42 @@ def test_a_last_report_without_its_end_is_ended_by_the_next_driver(tmp_path: Pat
     search.report(1, 1, {**final, "epoch": 1}, "STOP")
     search.report(2, 1, {"epoch": 1, "val/accuracy": float("inf")}, "STOP")
 
-    again = JournalSearcher([member_at(folder)], seed=5, concurrency=3)
+    again = JournalSearcher([member_at(folder)], seed=5, engines={"engine-0": 3})
     JournalScheduler(again, EPOCHS, ASHA)
     statuses = [trial.status for trial in load(folder).trials.values()]
     assert statuses == ["finished", "stopped", "diverged"]
-    assert again.suggest("0")["trial"] == {"member": "toy/set", "number": 3}
+    place = {"member": "toy/set", "number": 3, "engine": "engine-0"}
+    assert again.suggest("0")["trial"] == place
+
+
+def test_trials_go_where_most_places_are_free_and_places_are_released(tmp_path: Path) -> None:
+    released = []
+    searcher = JournalSearcher(
+        [member_at(tmp_path / "toy" / "set")], seed=5, engines={"a": 2, "b": 2},
+        release=lambda *place: released.append(place),
+    )  # fmt: skip
+    assert [searcher.suggest(x)["trial"]["engine"] for x in "1234"] == ["a", "b", "a", "b"]
+    assert searcher.suggest("5") is None
+    searcher.on_trial_complete("2")
+    assert searcher.suggest("5")["trial"]["engine"] == "b"
+    assert released == [("b", "toy/set", 1)]
 
 
 def test_asha_is_rebuilt_and_a_contradiction_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "toy" / "set"
-    searcher = JournalSearcher([member_at(folder)], seed=5, concurrency=2)
+    searcher = JournalSearcher([member_at(folder)], seed=5, engines={"engine-0": 2})
     scheduler = JournalScheduler(searcher, EPOCHS, ASHA)
     trials = [SimpleNamespace(config=searcher.suggest(key), trial_id=key) for key in ("0", "1")]
     # The bad trial comes first and nothing is known yet; had it come second, it were stopped.
     for trial in reversed(trials):
         assert scheduler.on_trial_result(None, trial, measure(trial.config, 1)) == "CONTINUE"
-    again = JournalSearcher([member_at(folder)], seed=5, concurrency=2)
+    again = JournalSearcher([member_at(folder)], seed=5, engines={"engine-0": 2})
     JournalScheduler(again, EPOCHS, ASHA)
     assert caplog.text == ""
     # The rungs are there: a third trial as bad as the second is stopped.
-    again = JournalSearcher([member_at(folder)], seed=5, concurrency=3)
+    again = JournalSearcher([member_at(folder)], seed=5, engines={"engine-0": 3})
     scheduler = JournalScheduler(again, EPOCHS, ASHA)
     config = [again.suggest(key) for key in ("0", "1", "2")][2]
     bad = {"epoch": 1, "val/accuracy": -0.5, "density/all": 1.0}
@@ -380,14 +394,14 @@ def test_asha_is_rebuilt_and_a_contradiction_is_reported(
     assert scheduler.on_trial_result(None, third, bad) == "STOP"
 
     # Somebody edits the settings of ASHA: what was decided holds, and is said.
-    again = JournalSearcher([member_at(folder)], seed=5, concurrency=2)
+    again = JournalSearcher([member_at(folder)], seed=5, engines={"engine-0": 2})
     JournalScheduler(again, EPOCHS, Asha(grace=2, reduction=2))
     assert "trial 2, epoch 1: ASHA said STOP then and says CONTINUE now" in caplog.text
 
 
 def test_a_known_epoch_is_dropped_and_a_gap_ends_the_sweep(tmp_path: Path) -> None:
     folder = tmp_path / "toy" / "set"
-    searcher = JournalSearcher([member_at(folder)], seed=5, concurrency=1)
+    searcher = JournalSearcher([member_at(folder)], seed=5, engines={"engine-0": 1})
     scheduler = JournalScheduler(searcher, EPOCHS, None)
     trial = SimpleNamespace(config=searcher.suggest("0"), trial_id="0")
     for epoch in (1, 1, 2, 1, 2):
@@ -405,7 +419,7 @@ def test_exceptions_of_a_space_reach_the_caller(tmp_path: Path) -> None:
         raise ZeroDivisionError("in the space")
 
     member = member_at(tmp_path / "toy" / "set", ask=broken, start_points=[])
-    searcher = JournalSearcher([member], seed=5, concurrency=1)
+    searcher = JournalSearcher([member], seed=5, engines={"engine-0": 1})
     assert searcher.suggest("0") == Searcher.FINISHED
     with pytest.raises(ZeroDivisionError, match="in the space"):
         Reraise(searcher).on_step_end(0, [])
@@ -413,7 +427,7 @@ def test_exceptions_of_a_space_reach_the_caller(tmp_path: Path) -> None:
 
 def test_failures_are_failed_not_bad_settings(tmp_path: Path) -> None:
     folder = tmp_path / "toy" / "set"
-    searcher = JournalSearcher([member_at(folder)], seed=5, concurrency=2)
+    searcher = JournalSearcher([member_at(folder)], seed=5, engines={"engine-0": 2})
     scheduler = JournalScheduler(searcher, EPOCHS, ASHA)
     trials = [
         SimpleNamespace(config=searcher.suggest(key), trial_id=key, error_file=tmp_path / "error")
@@ -437,7 +451,7 @@ def test_failures_are_failed_not_bad_settings(tmp_path: Path) -> None:
 
 def test_draining_stops_trials_without_ending_them(tmp_path: Path) -> None:
     folder = tmp_path / "toy" / "set"
-    searcher = JournalSearcher([member_at(folder)], seed=5, concurrency=1)
+    searcher = JournalSearcher([member_at(folder)], seed=5, engines={"engine-0": 1})
     scheduler = JournalScheduler(searcher, EPOCHS, None)
     trial = SimpleNamespace(config=searcher.suggest("0"), trial_id="0")
     searcher.drain()
@@ -466,7 +480,7 @@ def test_duplicates_are_asked_again_and_accepted_when_nothing_is_left(tmp_path: 
 
     # Nothing to search: every trial repeats the setting, and no time is lost on it.
     member = member_at(folder.parent / "dense", trials=2, start_points=[], ask=lambda trial: {})
-    search = JournalSearcher([member], seed=5, concurrency=1).searches["toy/dense"]
+    search = JournalSearcher([member], seed=5, engines={"engine-0": 1}).searches["toy/dense"]
     assert [search.suggest().params, search.suggest().params] == [{}, {}]
     assert len(search.study.get_trials()) == 2
 
@@ -511,7 +525,9 @@ def test_own_metrics_come_flat_and_without_rays() -> None:
 
 
 def test_a_free_process_goes_to_the_newest_trial(tmp_path: Path) -> None:
-    searcher = JournalSearcher([member_at(tmp_path / "toy" / "set")], seed=5, concurrency=3)
+    searcher = JournalSearcher(
+        [member_at(tmp_path / "toy" / "set")], seed=5, engines={"engine-0": 3}
+    )
     scheduler = JournalScheduler(searcher, EPOCHS, None)
     trials = [
         SimpleNamespace(trial_id=str(number), status=status)
@@ -527,7 +543,9 @@ def test_a_free_process_goes_to_the_newest_trial(tmp_path: Path) -> None:
 
 
 def test_snapshots_hold_nothing(tmp_path: Path) -> None:
-    searcher = JournalSearcher([member_at(tmp_path / "toy" / "set")], seed=5, concurrency=1)
+    searcher = JournalSearcher(
+        [member_at(tmp_path / "toy" / "set")], seed=5, engines={"engine-0": 1}
+    )
     scheduler = JournalScheduler(searcher, EPOCHS, ASHA)
     for each in (searcher, scheduler, Reraise(searcher)):
         assert vars(copy.copy(each)) == {}
@@ -581,7 +599,7 @@ class Dies(tune.Callback):
 def run_tune(
     storage: Path, members: list[SearchMember], concurrency: int, *callbacks: tune.Callback
 ) -> JournalSearcher:
-    searcher = JournalSearcher(members, seed=5, concurrency=concurrency)
+    searcher = JournalSearcher(members, seed=5, engines={"engine-0": concurrency})
     tuner = tune.Tuner(
         # Little, because the actors of a run that died stay until the session ends.
         tune.with_resources(trainable, {"cpu": 0.25}),

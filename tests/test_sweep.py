@@ -16,6 +16,7 @@ import torch
 from wandb_files import read_runs
 
 from sparsetune import checkpoint, trial
+from sparsetune.alone import setup_of
 from sparsetune.search import journal
 from sparsetune.settings import TrialSettings, from_dict
 from sparsetune.status import is_done
@@ -127,7 +128,7 @@ def test_a_restored_trial_gives_the_recorded_accuracy(toy: Path) -> None:
     member = Member.from_header(record.header["member"])
     one = record.trials[2]
     settings = from_dict(TrialSettings, member.configure(one.params, one.fixed, one.number))
-    setup = trial.setup_of(settings, "cpu")
+    setup = setup_of(settings, "cpu")
     state, _ = checkpoint.restore(setup, trial.trial_folder(toy / "sweeps/toy/sm@0.2", 2))
     measured = trainer.measure(setup, state, state.masks)
     assert measured["val/accuracy"] == pytest.approx(one.reports[-1].metrics["val/accuracy"])
@@ -183,8 +184,8 @@ def test_a_cluster_that_cannot_be_used_is_said(tmp_path: Path) -> None:
     for address in ("127.0.0.1:9", "nonsense"):  # port 9 is the discard service, which is not there
         done = run(tmp_path, *sweep, f"ray.address={address}", check=2)
         assert f"ray.address: no cluster answers at '{address}'" in done.stderr
-    done = run(tmp_path, *sweep, "resources.cpus=4096", check=2)
-    assert "resources.cpus: a trial asks for 4096 and this machine has" in done.stderr
+    done = run(tmp_path, *sweep, "resources.engines=4096", check=2)
+    assert "resources: 4096 engines of 1 threads, and this machine has" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -37,13 +37,14 @@ class Backend(Protocol):
 class Choice(NamedTuple):
     name: str
     make: Callable[[int], Backend]
+    slots: int  # that it does well with
     reason: str  # one line for people
 
 
 def choose(engine: str, setup: Setup) -> Choice:
     """The backend for trials like this one; ValueError where the one asked for cannot train it."""
     if engine in ("auto", "solo"):
-        return Choice("solo", Solo, "the plain trainer, one trial after another")
+        return Choice("solo", Solo, 1, "the plain trainer, one trial after another")
     raise ValueError(f"engine: '{engine}' is unknown; known: auto, solo")
 
 

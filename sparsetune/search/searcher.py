@@ -23,15 +23,28 @@ SYNC_SECONDS = 1.0  # how late reports may reach the disk
 class JournalSearcher(Searcher):
     """Gives Ray the open trials of all members first, then new ones, as slots become free."""
 
-    def __init__(self, members: list[SearchMember], seed: int, concurrency: int) -> None:
-        """`concurrency` is how many trials, of all members together, may be under way."""
+    def __init__(
+        self,
+        members: list[SearchMember],
+        seed: int,
+        engines: dict[str, int],
+        concurrency: int = 0,
+        release: Callable[[str, str, int], None] = lambda engine, member, number: None,
+    ) -> None:
+        """`engines`: names and places. `concurrency` is how many trials, of all members together,
+        may be under way (0: as many as there are places). `release` (engine, member, number) is
+        called when Ray is done with an attempt at a trial."""
         super().__init__()
         self.searches = {member.name: MemberSearch(member, seed) for member in members}
         self.error: BaseException | None = None
-        self._concurrency = concurrency
+        places = sum(engines.values())
+        self.concurrency = min(concurrency or places, places)
+        self._engines = engines
+        self._release = release
         self._draining = False
         self._open: list[tuple[str, int]] | None = None
-        self._live: dict[str, tuple[str, int]] = {}  # Ray's id of an attempt -> our trial
+        # Ray's id of an attempt -> our trial, and the engine that it is in
+        self._live: dict[str, tuple[str, int, str]] = {}
         self._failures: dict[str, str] = {}  # Ray's id -> the last error
 
     @property
@@ -58,7 +71,9 @@ class JournalSearcher(Searcher):
         # The slot is free from here on, and not from the `end` event on: before Ray has the
         # trial's process back, the next trial would get a new one. Without an error, a trial that
         # is open in the journal stays so for the next driver; with one, Ray has given it up.
-        name, number = self._live.pop(trial_id, ("", -1))
+        name, number, engine = self._live.pop(trial_id, ("", -1, ""))
+        if name:
+            self._release(engine, name, number)
         if not error or not name or self.error is not None:
             return
         search = self.searches[name]
@@ -84,7 +99,7 @@ class JournalSearcher(Searcher):
         wanting = [s for s in self.searches.values() if len(s.record.trials) < s.record.asked]
         if not self._open and not wanting:
             return Searcher.FINISHED
-        if len(self._live) >= self._concurrency:
+        if len(self._live) >= self.concurrency:
             return None
         if self._open:
             name, number = self._open.pop()
@@ -96,7 +111,10 @@ class JournalSearcher(Searcher):
             search = min(wanting, key=lambda s: len(s.record.trials))
             trial = search.suggest()
         config = search.config(trial)
-        self._live[trial_id] = (search.member.name, trial.number)
+        taken = [engine for _, _, engine in self._live.values()]
+        engine = min(self._engines, key=taken.count)
+        config["trial"]["engine"] = engine
+        self._live[trial_id] = (search.member.name, trial.number, engine)
         return config
 
     def set_search_properties(
