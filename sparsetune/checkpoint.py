@@ -10,6 +10,7 @@ making a `TrialState`. Files hold tensors, numbers and strings only and load wit
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,15 @@ def newest(folder: Path) -> tuple[Snapshot | None, list[Metrics]]:
     epochs = saved_epochs(folder)
     if not epochs:
         return None, []
-    saved = torch.load(folder / f"e{epochs[-1]:04d}.pt", map_location="cpu", weights_only=True)
-    return saved, saved.pop("records")
+    path = folder / f"e{epochs[-1]:04d}.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return saved, saved.pop("records")
+    except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path}: no readable checkpoint ({str(error).splitlines()[0][:200]}); delete the "
+            "file, and the trial is trained again from its beginning"
+        ) from error
 
 
 def restore(setup: Setup, folder: Path) -> tuple[TrialState, list[Metrics]]:

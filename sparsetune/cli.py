@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -133,12 +132,14 @@ def _named(words: tuple[str, ...], allowed: set[str]) -> dict[str, Any]:
         if key not in allowed | {"name", "storage"}:
             words_allowed = ", ".join(sorted(allowed | {"name", "storage"}))
             raise ValueError(f"{key}: not a key of this command; allowed: {words_allowed}")
+    names += [given["name"]] if "name" in given else []
     if len(names) > 1:
         raise ValueError(f"name: give one, not {len(names)}: {' '.join(names)}")
     if names:
         given["name"] = names[0]
+        config.check_name(names[0].partition("/")[0])
     settings = config.build({key: value for key, value in given.items() if key != "name"})
-    return given | {"storage": Path(settings.storage)}
+    return given | {"storage": config.storage_folder(settings.storage)}
 
 
 @main.command()

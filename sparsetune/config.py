@@ -18,12 +18,14 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sparsetune.data import AUGMENTS
 from sparsetune.imports import suggestion
 from sparsetune.methods import METHODS
 from sparsetune.methods.distribution import DISTRIBUTIONS
@@ -102,6 +104,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
     "density_over": ("all", "sparse"),
     "distribution": DISTRIBUTIONS,
+    "data.augment": AUGMENTS,
     "train.precision": ("float32", "bfloat16"),
     "optimizer.name": ("sgd", "adamw"),
     "schedule.name": ("constant", "step", "cosine"),
@@ -138,9 +141,9 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "order_seed": ("0 or more, or null", lambda value: value is None or value >= 0),
     **dict.fromkeys(
         ("optimizer.lr", "optimizer.eps"),
-        ("above 0", lambda value: 0 < value < math.inf),
+        ("above 0, up to 1e6", lambda value: 0 < value <= 1e6),
     ),
-    "optimizer.weight_decay": ("0 or more", lambda value: 0 <= value < math.inf),
+    "optimizer.weight_decay": ("0 to 1e6", lambda value: 0 <= value <= 1e6),
     **dict.fromkeys(
         ("optimizer.momentum", "optimizer.beta2", "data.validation"),
         ("0 or more and below 1", lambda value: 0 <= value < 1),
@@ -299,6 +302,8 @@ def check_value(key: str, value: Any) -> Any:
         value = float(value)
     if opened and opened[0] == "constraint" and not _bounds(value):
         raise ValueError(f"{key}: '{value}' is no bound; give a number, such as 0.1")
+    if opened and kind is float and not isinstance(value, float):
+        raise ValueError(f"{key}: '{value}' is no number")
     scratch = _scratch()
     try:
         if opened is None:
@@ -366,10 +371,13 @@ def objectives(settings: SweepSettings) -> list[str]:
 def check(settings: SweepSettings) -> None:
     """ValueError for what single values do not show: metrics, and early stopping."""
     names = objectives(settings) if isinstance(settings.objective, (str, list)) else []
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"objective: {settings.objective} names no metric, or one twice")
+    if not names or len(set(map(str, names))) < len(names):
+        raise ValueError(
+            f"objective: {settings.objective} names no metric, or one twice; "
+            f"known: {', '.join(DIRECTIONS)}"
+        )
     for name in names:
-        if name not in DIRECTIONS:
+        if not isinstance(name, str) or name not in DIRECTIONS:
             near = suggestion(str(name), DIRECTIONS)
             raise ValueError(f"objective: no metric '{name}'{near}; known: {', '.join(DIRECTIONS)}")
     for name in settings.constraint:
@@ -470,8 +478,23 @@ def _listed(word: str, key: str, value: Any) -> Any:
 
 def check_name(name: str) -> None:
     """ValueError for what cannot be a folder's name everywhere."""
-    if not NAME.fullmatch(name) or name.endswith("."):
+    if not NAME.fullmatch(name) or name.endswith(".") or len(name) > 100:
         raise ValueError(
-            f"name: '{name}' is no name for a sweep; use letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit, as name=mnist-1"
+            f"name: '{name[:120]}' is no name for a sweep; use up to 100 letters, digits, '.', '_' "
+            "and '-', beginning with a letter or digit, as name=mnist-1"
         )
+
+
+def storage_folder(storage: str) -> Path:
+    """The folder that holds sweeps; ValueError for what can be none."""
+    if "://" in storage:
+        raise ValueError(f"storage: '{storage}' is no folder; only folders hold sweeps so far")
+    try:
+        folder = Path(storage).expanduser()
+        folder.resolve(), folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null byte
+        raise ValueError(
+            f"storage: '{storage[:120]}' cannot be a folder ({error}); give storage=FOLDER, or set "
+            "SPARSETUNE_STORAGE"
+        ) from error
+    return folder

@@ -7,6 +7,7 @@ decoding MNIST takes seconds and reading it back a tenth of one.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sparsetune.imports import import_object, suggestion
+from sparsetune.imports import import_object, suggestion, users_code
 from sparsetune.settings import DataSettings
 
 Part = Literal["train", "test"]
@@ -40,6 +41,7 @@ HUB = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
 }
+MOST_CLASSES = 100_000  # a label above is a mistake, and the network's last layer would show it
 CACHE_VERSION = 1  # to be raised when decoding gives other arrays for the same files
 DIGITS_TRAIN = 1437  # of 1797
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}
@@ -110,13 +112,20 @@ def _digits(part: Part, limit: int) -> Decoded:
 
 
 def _from_function(name: str, part: Part) -> tuple[Tensor, Tensor]:
-    arrays = import_object(name, "data.name")()
-    if len(arrays) != 4:
+    function = import_object(name, "data.name")
+    with users_code(f"data.name: {name}"):
+        arrays = function()
+    if not isinstance(arrays, (tuple, list)) or len(arrays) != 4:
+        what = f"{len(arrays)} values" if isinstance(arrays, (tuple, list)) else type(arrays)
         raise ValueError(
-            f"data.name: {name} returned {len(arrays)} values; "
+            f"data.name: {name} returned {what}; "
             "return (train images, train labels, test images, test labels)"
         )
-    images, labels = (torch.as_tensor(a) for a in (arrays[:2] if part == "train" else arrays[2:]))
+    with users_code(f"data.name: making tensors of what {name} returned"):
+        images, labels = (
+            torch.as_tensor(array).detach().clone()
+            for array in (arrays[:2] if part == "train" else arrays[2:])
+        )
     if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
         raise ValueError(f"data.name: {name} returned {images.dtype} images; uint8 or a float")
     if images.ndim not in (2, 3, 4):
@@ -129,14 +138,17 @@ def _from_function(name: str, part: Part) -> tuple[Tensor, Tensor]:
             f"data.name: {name} returned images of shape {list(images.shape)}, channels last; "
             "permute them to [n, c, h, w]"
         )
+    if not images.numel():
+        raise ValueError(f"data.name: {name} returned no image (shape {list(images.shape)})")
     one_each = labels.shape == images.shape[:1] and not labels.dtype.is_floating_point
-    if not one_each or bool((labels < 0).any()):
+    labels = labels.long() if one_each else labels
+    if not one_each or not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
         raise ValueError(
             f"data.name: {name} returned {labels.dtype} labels of shape {list(labels.shape)} for "
-            f"{len(images)} images; one integer from 0 each"
+            f"{len(images)} images; one whole number from 0 to {MOST_CLASSES - 1} each"
         )
     images = images.reshape(len(images), *(1,) * (4 - images.ndim), *images.shape[1:])
-    return images if images.dtype == torch.uint8 else images.float(), labels.long()
+    return images if images.dtype == torch.uint8 else images.float(), labels
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -160,7 +172,14 @@ class _Source(NamedTuple):
 
     def decode(self, num: int) -> Decoded:
         if self.kind == "parquet":
-            tables = [pq.ParquetFile(file).read() for file in self.files]
+            tables = []
+            for file in self.files:
+                try:
+                    tables.append(pq.ParquetFile(file).read())
+                except (OSError, pa.ArrowException) as error:
+                    raise ValueError(
+                        f"data.path: {str(file)!r} is no parquet file: {error}; fetch it again"
+                    ) from error
             return _decode_table(pa.concat_tables(tables), str(self.files[0]), num)
         if self.kind == "idx":
             images, labels = (_read_idx(file) for file in self.files)
@@ -175,8 +194,11 @@ class _Source(NamedTuple):
 
 def _find(settings: DataSettings, part: Part) -> _Source:
     """One part's files under `data.path`, in the first of the usual places that has any."""
-    path = Path(settings.path).expanduser()
-    if not path.exists():
+    path, exists = Path(settings.path), False
+    with contextlib.suppress(OSError, RuntimeError):  # a name too long, a user nobody knows
+        path = path.expanduser()
+        exists = path.exists()
+    if not exists:
         raise ValueError(
             f"data.path: {settings.path!r} does not exist; give a folder with train-*.parquet and "
             "test-*.parquet, IDX files, or images as train/CLASS/*.png and test/CLASS/*.png"
@@ -233,9 +255,17 @@ def _decode_table(table: pa.Table, place: str, num: int) -> Decoded:
             f"data.path: {place!r} has the columns {', '.join(names)}; "
             "it needs image (or img) and label (or fine_label)"
         )
+    column = table[label]
+    whole = pa.types.is_integer(column.type) and not column.null_count
+    labels: Array = column.to_numpy() if whole else np.empty(0)
+    if not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
+        raise ValueError(
+            f"data.path: {place!r}: the column {label} ({column.type}, {len(column)} rows) should "
+            f"hold whole numbers from 0 to {MOST_CLASSES - 1}, one for each image"
+        )
     cells = (cell.as_py() for cell in table.slice(0, num or None)[image])
-    encoded = (cell["bytes"] if isinstance(cell, dict) else cell for cell in cells)
-    return _decode_images(encoded, place), table[label].to_numpy().astype(np.int64)
+    encoded: Iterable[Any] = (c.get("bytes") if isinstance(c, dict) else c for c in cells)
+    return _decode_images(encoded, place), labels.astype(np.int64)
 
 
 def _decode_images(encoded: Iterable[bytes], place: str) -> Array:
@@ -244,9 +274,14 @@ def _decode_images(encoded: Iterable[bytes], place: str) -> Array:
     One thread on purpose: on images this small two threads took twice as long as one.
     """
     arrays = []
-    for content in encoded:
-        with Image.open(io.BytesIO(content)) as image:
-            array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    for number, content in enumerate(encoded):
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        except (OSError, TypeError, ValueError, SyntaxError) as error:
+            raise ValueError(
+                f"data.path: {place!r}: image {number} cannot be decoded ({error}); fetch it again"
+            ) from error
         arrays.append(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
         if arrays[-1].shape != arrays[0].shape:
             raise ValueError(
@@ -297,8 +332,10 @@ def _find_cached(identity: tuple[object, ...], limit: int) -> tuple[Path, Path] 
 def _cached(identity: tuple[object, ...], limit: int, decode: Callable[[int], Decoded]) -> Decoded:
     files = _find_cached(identity, limit)
     if files is not None:
-        images, labels = (np.load(file, mmap_mode="r") for file in files)
-        return np.array(images[: limit or None]), np.array(labels)
+        # A damaged file is decoded anew and replaced.
+        with contextlib.suppress(OSError, EOFError, ValueError):
+            images, labels = (np.load(file, mmap_mode="r") for file in files)
+            return np.array(images[: limit or None]), np.array(labels)
     decoded = decode(limit)
     for file, array in zip(_cache_files(identity, limit), decoded, strict=True):
         _write(file, array)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ from typing import Any
 def import_object(path: str, key: str) -> Any:
     """The object that `package.module:name` names; the working directory is searched first.
 
-    ValueError, opening with the setting's `key`, when the module or the name does not exist.
-    An error inside the module itself is the user's bug and comes out as it is.
+    ValueError, opening with the setting's `key`, when there is no such module or name, or when
+    importing the module fails.
     """
     module_name, _, name = path.partition(":")
-    if not module_name or not name:
+    if not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
         raise ValueError(f"{key}: {path!r} is no import path; write package.module:name")
     # A console script, unlike `python -m`, does not search the working directory.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -29,10 +31,29 @@ def import_object(path: str, key: str) -> Any:
             f"{key}: module {module_name!r} cannot be imported: {error}; "
             "install it, or run from the folder that holds it"
         ) from error
+    except (Exception, SystemExit) as error:
+        raise _their_error(f"{key}: importing module {module_name!r}", error) from error
     if not hasattr(module, name):
         public = [public for public in vars(module) if not public.startswith("_")]
         raise ValueError(f"{key}: module {module_name!r} has no {name!r}{suggestion(name, public)}")
     return getattr(module, name)
+
+
+@contextmanager
+def users_code(doing: str) -> Iterator[None]:
+    """Makes of whatever a user's code raises within a ValueError that opens with `doing`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise _their_error(doing, error) from error
+
+
+def _their_error(doing: str, error: BaseException) -> ValueError:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:300]
+    return ValueError(
+        f"{doing} raised {type(error).__name__}: {text} ({where.filename}:{where.lineno})"
+    )
 
 
 def suggestion(value: str, known: Iterable[str]) -> str:

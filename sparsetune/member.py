@@ -30,7 +30,14 @@ from sparsetune.search.journal import Journal
 from sparsetune.search.study import NSGAII, SearchMember, StartPoint
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space import Space
-from sparsetune.trainer import choose_device, layers_of, update_schedule
+from sparsetune.trainer import (
+    begin,
+    check_device,
+    choose_device,
+    layers_of,
+    prepare,
+    update_schedule,
+)
 
 Command = Literal["train", "sweep"]
 DENSITY = "constraint.density/all"
@@ -204,10 +211,19 @@ def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep
     common = {k: v for k, v in given.items() if not k.startswith(("search.", "hp.", "variant."))}
     spaces = _overridden(spaces, given, common)
     name, storage = common.get("name", ""), config.build(common).storage
-    _check_place(name, storage)
-    members = [each for one in spaces for each in _members(one, common, densities)]
+    folder = config.storage_folder(storage)
+    _check_place(name, folder)
+    members = [
+        each for one in spaces for each in _members(one, common, densities, command == "train")
+    ]
+    named = [member.name for member in members]
+    if twice := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
+        raise ValueError(
+            f"density: two members would be called '{twice[0].partition('/')[2]}'; give densities "
+            "that differ in their first six digits"
+        )
     _check_members(members)
-    return Sweep(name, Path(storage), members)
+    return Sweep(name, folder, members)
 
 
 def _check_stems(spaces: list[Space]) -> None:
@@ -250,7 +266,8 @@ def _only_point(
 
 
 def _train_defaults(one: Space, given: Mapping[str, Any]) -> dict[str, Any]:
-    storage = Path(config.build({k: v for k, v in given.items() if k == "storage"}).storage)
+    common = {k: v for k, v in given.items() if k == "storage"}
+    storage = config.storage_folder(config.build(common).storage)
     stem = f"train-{one.name}"
     number = next(n for n in itertools.count(1) if not (storage / f"{stem}-{n}").exists())
     defaults = {"name": f"{stem}-{number}", "trials": 1, "scheduler.name": "none"}
@@ -320,8 +337,10 @@ def _refuse(spaces: list[Space], key: str, place: str) -> None:
     )
 
 
-def _members(one: Space, common: Mapping[str, Any], densities: list[float]) -> list[Member]:
-    method = METHODS[one.method]
+def _members(
+    one: Space, common: Mapping[str, Any], densities: list[float], single: bool
+) -> list[Member]:
+    method, keep_points = METHODS[one.method], False
     bounds = {k: v for k, v in common.items() if k.startswith("constraint.")}
     key, values = "density", list(densities)
     if one.fixed.get("model.match_density"):
@@ -332,14 +351,19 @@ def _members(one: Space, common: Mapping[str, Any], densities: list[float]) -> l
         one, values = _emergent(one, common, values)
     elif not method.reaches_density:
         values = []
-    elif key not in one.search:
-        values = values or [one.fixed.get(key, TrialSettings().density)]
+    elif key not in one.search and not values:
+        # Nobody gave one, so start points keep theirs; a single setting is called by it.
+        point = next(iter(one.start.values()), {}) if single else {}
+        values = [point.get(key, one.fixed.get(key, TrialSettings().density))]
+        one, keep_points = dataclasses.replace(one, fixed=one.fixed | {key: values[0]}), True
     members = []
     named: list[float | None] = [*values] or [None]
     for density in named:
         # Emergent density has no setting; the one asked for is recorded where others have theirs.
         keys = (key, "density") if key == DENSITY else (key,)
-        own = one if density is None else one.fix(dict.fromkeys(keys, density))
+        own = one
+        if density is not None and not keep_points:
+            own = one.fix(dict.fromkeys(keys, density))
         settings = config.build({**common, **own.fixed, **bounds, "method": one.method})
         name = f"{common.get('name', '')}/{one.name}"
         members.append(
@@ -367,20 +391,18 @@ def _emergent(
 # Checks -------------------------------------------------------------------------------------------
 
 
-def _check_place(name: str, storage: str) -> None:
+def _check_place(name: str, storage: Path) -> None:
     if not name:
         raise ValueError("name: a sweep needs one; write name=NAME, such as name=mnist-1")
     config.check_name(name)
-    if "://" in storage:
-        raise ValueError(f"storage: '{storage}' is no folder; only folders hold sweeps so far")
-    folder = Path(storage) / name
+    folder = storage / name
     if os.path.lexists(folder):
-        where = "" if storage == "./sweeps" else f" storage={storage}"
+        where = "" if storage == Path("sweeps") else f" storage={storage}"
         raise ValueError(
             f"name: '{name}' exists already in {storage}; go on with `sparsetune resume "
             f"{name}{where}`, or take another name"
         )
-    above = next(each for each in folder.absolute().parents if each.exists())
+    above = next(each for each in folder.absolute().parents if os.path.lexists(each))
     if not above.is_dir() or not _writable(above):
         what = "cannot be written to" if above.is_dir() else "is no folder"
         raise ValueError(f"storage: {above} {what}; give storage=FOLDER, or set SPARSETUNE_STORAGE")
@@ -408,6 +430,7 @@ def _check_members(members: list[Member]) -> None:
             datasets[repr(settings.data)] = dataset
             for params, fixed in _corners(member):
                 _check_trial(member.trial_settings(params, fixed), dataset)
+            _check_constraint(member, dataset)
         except ValueError as error:
             raise ValueError(f"{error} [{member.name}]") from error
         if settings.epochs != members[0].settings.epochs:
@@ -417,8 +440,28 @@ def _check_members(members: list[Member]) -> None:
             )
 
 
+def _check_constraint(member: Member, dataset: data.Dataset) -> None:
+    """ValueError for a bound on a metric of layers or of the method that trials do not report."""
+    asked = [k for k in member.settings.constraint if k.startswith(("density/layer/", "method/"))]
+    if not asked:
+        return
+    setup = prepare(member.trial_settings({}, {}), torch.device("cpu"), dataset)
+    state = begin(setup)
+    known = [f"density/layer/{name}" for name in setup.sparse | setup.dense]
+    known += [f"method/{k}" for k in setup.method.metrics(state.params, state.method, setup.hp)]
+    if setup.method.decide is not None or setup.method.emergent:
+        known.append("method/churn")
+    for name in asked:
+        if name not in known:
+            raise ValueError(
+                f"constraint.{name}: trials report no such metric{suggestion(name, known)}; "
+                f"there are: {', '.join(known)}"
+            )
+
+
 def check_machine(settings: SweepSettings) -> None:
     """ValueError where engines need more than this machine has: they would wait for ever."""
+    check_device(settings.device)
     if settings.ray.address:
         return  # the cluster's nodes are another matter
     choose_device(settings.device)
@@ -453,7 +496,6 @@ def _check_trial(settings: TrialSettings, dataset: data.Dataset) -> None:
             f"model.match_density: makes a small dense network, and {settings.method} is sparse "
             "already; use it with the space small_dense, or give density=D"
         )
-    with torch.device("meta"):
-        model = models.build(settings.model, dataset.input_shape, dataset.num_classes)
+    model = models.probe(settings.model, dataset.input_shape, dataset.num_classes)
     layers_of(settings, method, models.weights(model))
     data.split(len(dataset.train.labels), settings.data.validation, settings.seed)

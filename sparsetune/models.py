@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsetune.imports import import_object, suggestion
+from sparsetune.imports import import_object, suggestion, users_code
 from sparsetune.settings import ModelSettings
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
@@ -92,8 +92,8 @@ def check(settings: ModelSettings) -> None:
             f"model.args: {settings.args} go to a class of your own (model.name=package.module:"
             f"Class); {settings.name} takes none"
         )
-    if any(width < 1 for width in settings.widths):
-        raise ValueError(f"model.widths: {settings.widths}; every width must be 1 or more")
+    if any(not 1 <= width <= 10**6 for width in settings.widths):
+        raise ValueError(f"model.widths: {settings.widths}; every width must be 1 to 1000000")
     if not 0 <= settings.match_density <= 1:
         raise ValueError(
             f"model.match_density: {settings.match_density} is not in [0, 1]; 0 turns it off"
@@ -125,6 +125,35 @@ def build(settings: ModelSettings, input_shape: Shape, num_classes: int) -> nn.M
 
         chosen = _scaled_widths(chosen, settings.match_density, num_weights)
     return cls(input_shape, num_classes, chosen)
+
+
+def probe(settings: ModelSettings, input_shape: Shape, num_classes: int) -> nn.Module:
+    """The network on the meta device, tried there: forward and backward of two images.
+
+    ValueError where that fails, gives no [2, num_classes], or leaves a parameter without gradient.
+    """
+    with torch.device("meta"):
+        module = build(settings, input_shape, num_classes)
+        images = torch.empty(2, *input_shape)
+    if ":" not in settings.name:
+        return module
+    doing = f"model.name: {settings.name} on images of shape {list(input_shape)}"
+    with users_code(doing):
+        logits = module(images)
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{doing} gives {got} for 2 images; it must give [2, {num_classes}]")
+    named = dict(module.named_parameters())
+    if not weights(module):
+        raise ValueError(f"{doing} has no weight (a parameter of two dimensions or more)")
+    with users_code(f"{doing}: the backward pass"):
+        grads = torch.autograd.grad(logits.sum(), list(named.values()), allow_unused=True)
+    unused = [name for name, grad in zip(named, grads, strict=True) if grad is None]
+    if unused:
+        raise ValueError(
+            f"{doing} does not use its parameters {', '.join(unused)}; take them out of the module"
+        )
+    return module
 
 
 def weights(module: nn.Module) -> dict[str, torch.Size]:
@@ -176,7 +205,9 @@ def _build_users(settings: ModelSettings, input_shape: Shape, num_classes: int) 
         signature.bind(**arguments)
     except TypeError as error:
         raise ValueError(f"model.args: {settings.name}{signature}: {error}") from error
-    module: nn.Module = cls(**arguments)
+    with users_code(f"model.name: making {settings.name}"):
+        module: nn.Module = cls(**arguments)
+        weights(module)
     return module
 
 

@@ -6,13 +6,12 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from sparsetune.member import Member
 from sparsetune.search import journal
-from sparsetune.status import front, shown
+from sparsetune.status import front, shown, wide_console
 
 EVERY_SECONDS = 0.5  # between two drawings in a terminal
 EVERY_SECONDS_IN_FILE = 30.0  # between two lines where output is no terminal
@@ -23,7 +22,7 @@ class Progress:
 
     def __init__(self, records: dict[str, tuple[Member, journal.Member]]) -> None:
         self._records = records
-        self._console = Console(stderr=True)
+        self._console = wide_console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._began = time.monotonic()
         self._drawn = 0.0

@@ -245,7 +245,7 @@ def load(spec: str) -> Space:
         raise SpaceError(f"{file}: '{both[0]}' is fixed and searched; leave one of the two out")
     base = {key: dimension for key, dimension in base.items() if key not in fixed}
     start = {
-        str(name): _settings(method, values, f"{file}: start.{name}")
+        str(name): _start_point(method, values, f"{file}: start.{name}")
         for name, values in _mapping(given.get("start"), f"{file}: start").items()
     }
     search |= {key: dimension for key, dimension in base.items() if key not in search}
@@ -277,7 +277,7 @@ def _read(path: Path, file: str, allowed: Sequence[str] = SECTIONS) -> dict[str,
 
 def _method(given: Mapping[str, Any], file: str) -> Method:
     name = given.get("method")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         what = f"unknown method '{name}'{suggestion(str(name), METHODS)}" if name else "no 'method'"
         raise SpaceError(f"{file}: {what}; there are: {', '.join(METHODS)}")
     return METHODS[name]
@@ -293,12 +293,13 @@ def _mapping(given: Any, place: str) -> dict[Any, Any]:
 
 def _settings(method: Method, given: Any, place: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
     """Dotted key -> checked value of a `fixed` or a start point."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for short, value in config.flatten(_mapping(given, place)).items():
         if short.split(".")[0] in also:
             key = short
         else:
             key = _canonical(method, short, place.partition(":")[0])
+        _once(key, short, settings, place)
         try:
             settings[key] = check_value(method, key, value)
         except ValueError as error:
@@ -308,10 +309,31 @@ def _settings(method: Method, given: Any, place: str, also: tuple[str, ...] = ()
     return settings
 
 
+def _start_point(method: Method, given: Any, place: str) -> dict[str, Any]:
+    settings = _settings(method, given, place)
+    for key in settings:
+        if _same_for_all(key):
+            raise SpaceError(
+                f"{place}: {key} cannot differ at one start point, because all trials of a search "
+                f"must share it; put it under 'fixed', or write {key}=... on the command line"
+            )
+    return settings
+
+
+def _same_for_all(key: str) -> bool:
+    return key in SAME_FOR_ALL or (key.startswith("data.") and key != "data.augment")
+
+
+def _once(key: str, short: str, known: Mapping[str, Any], place: str) -> None:
+    if key in known:
+        raise SpaceError(f"{place}: {key} stands there twice, once as '{short}'; leave one out")
+
+
 def _search(method: Method, given: Any, file: str) -> dict[str, Dimension]:
-    search = {}
+    search: dict[str, Dimension] = {}
     for short, words in config.flatten(_mapping(given, f"{file}: search")).items():
         key = _canonical(method, short, file)
+        _once(key, short, search, f"{file}: search")
         search[key] = _dimension(f"{file}: search.{short}", method, key, words)
     return search
 
@@ -338,6 +360,11 @@ def _canonical(method: Method, key: str, place: str) -> str:
     found = _dotted(method, key)
     if found is not None:
         return found
+    if key in KEYS or key.startswith("constraint."):
+        raise SpaceError(
+            f"{place}: '{key}' is no setting of a single trial; give it on the command line, as "
+            f"{key}=..."
+        )
     own = [*_own(method), *SHORT]
     near = suggestion(key.rpartition(".")[2], own) or suggestion(key, KEYS)
     has = ", ".join(_own(method)) or "none of its own"
@@ -378,7 +405,7 @@ def _listed(values: Sequence[Any]) -> str:
 
 def _dimension(place: str, method: Method, key: str, given: Any) -> Dimension:
     """The checked range of `key`. `place` opens every message."""
-    if key in SAME_FOR_ALL or (key.startswith("data.") and key != "data.augment"):
+    if _same_for_all(key):
         raise SpaceError(
             f"{place}: {key} cannot be searched, because all trials of a search must share it; "
             f"put it under 'fixed', or write {key}=... on the command line"

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sparsetune.member import Member
 from sparsetune.search import journal
-from sparsetune.search.journal import JournalError, Trial, holder
+from sparsetune.search.journal import Trial, holder
 
 STATUSES = ("finished", "running", "stopped", "diverged", "failed")
 
@@ -135,7 +135,7 @@ def all_status(storage: Path) -> dict[str, Any]:
     for name in sweeps(storage):
         try:
             result.append(sweep_status(member_folders(storage, name)))
-        except JournalError as error:
+        except ValueError as error:  # JournalError, or settings that this version does not know
             result.append({"name": name, "state": "unreadable", "error": str(error)})
     return {"sweeps": result}
 
@@ -155,10 +155,10 @@ def settings_shown(config: dict[str, Any]) -> str:
     )
 
 
-def wide_console() -> Console:
-    """For tables: as wide as the terminal, and in a file or a pipe as wide as they are."""
-    console = Console()
-    return console if console.is_terminal else Console(width=10_000)
+def wide_console(stderr: bool = False) -> Console:
+    """As wide as the terminal, and in a file or a pipe as wide as what is printed."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=10_000)
 
 
 def print_members(members: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from sparsetune.search.study import MemberSearch, SearchMember
 from sparsetune.status import is_done, member_folders, print_result
 from sparsetune.tracking import Tracker
 from sparsetune.trainer import choose_device
-from sparsetune.trial import trial_folder
+from sparsetune.trial import trial_folder, write_error
 from sparsetune.watch import Watch
 
 PLACES = (
@@ -79,13 +79,14 @@ def create(sweep: Sweep, command: str) -> Path:
             Journal.create(scratch / member_stem(member), header).close()
         scratch.rename(folder)
     except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         if folder.exists():
             raise ValueError(taken) from error
         raise ValueError(
             f"storage: '{sweep.storage}' cannot be written ({error.strerror}); "
             "give storage=FOLDER or set SPARSETUNE_STORAGE"
         ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -317,15 +318,21 @@ def train_alone(one: OpenMember, watch: Watch) -> None:
             trial_settings = one.member.trial_settings(trial.params, trial.fixed)
             folder = trial_folder(one.folder, trial.number)
             metrics: dict[str, float] = {}
-            for metrics in epochs(
-                trial_settings, settings.device, folder, settings.checkpoint.every
-            ):
+            records = epochs(trial_settings, settings.device, folder, settings.checkpoint.every)
+            while watch.leaving_since is None:
+                try:
+                    if (found := next(records, None)) is None:
+                        break
+                except Exception as error:  # noqa: BLE001 - recorded as in a sweep, not as a result
+                    search.end(trial.number, "failed", error=write_error(folder, error))
+                    break
+                metrics = found
                 if metrics["epoch"] > len(trial.reports):
                     search.report(trial.number, int(metrics["epoch"]), metrics, "CONTINUE")
                 watch.progress.epoch(one.member.name, metrics, trial_settings.epochs)
                 watch.send()
-                if watch.leaving_since is not None:
-                    break
+            if trial.status == "failed":
+                continue
             if metrics.get("diverged"):
                 search.end(trial.number, "diverged")
             elif len(trial.reports) == trial_settings.epochs:

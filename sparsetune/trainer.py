@@ -9,6 +9,7 @@ device only at topology updates.
 from __future__ import annotations
 
 import math
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -95,15 +96,19 @@ class Setup(NamedTuple):
 
 def choose_device(name: str) -> torch.device:
     """auto: a GPU where there is one. ValueError for a device that this machine lacks."""
+    check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: '{name}' is unknown; allowed: auto, cpu, cuda, cuda:N") from None
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: '{name}' asked for, but torch sees no GPU; use device=cpu")
     return device
+
+
+def check_device(name: str) -> None:
+    """ValueError for what is no name of a device that we train on."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: '{name}' is unknown; allowed: auto, cpu, cuda, cuda:N")
 
 
 def update_schedule(method: Method, settings: TrialSettings) -> UpdateSchedule:
@@ -130,7 +135,10 @@ def layers_of(
     if not method.reaches_density:
         return sparse, dense, {name: shape.numel() for name, shape in sparse.items()}
     if not sparse:
-        raise ValueError("dense_layers: every layer is left dense, so nothing can be sparse")
+        raise ValueError(
+            f"dense_layers: {', '.join(settings.dense_layers)} leaves every layer dense, so "
+            "nothing can be sparse; leave one out"
+        )
     total = total_for(sparse, dense, settings.density, settings.density_over)
     return sparse, dense, counts(sparse, total, settings.distribution)
 

@@ -53,11 +53,18 @@ def sweep_trial(config: dict[str, Any]) -> None:
             for record in records:
                 tune.report({**record, "attempt": attempt})
     except Exception as error:
-        (folder / "error.txt").write_text(traceback.format_exc())
+        reason = write_error(folder, error)
         if attempt < ATTEMPTS:
             raise
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         tune.report({"failed": reason, "attempt": attempt})
+
+
+def write_error(folder: Path, error: Exception) -> str:
+    """Puts the traceback into the trial's `error.txt` and returns its last line."""
+    text = "".join(traceback.format_exception(error)).strip()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "error.txt").write_text(text + "\n")
+    return text.splitlines()[-1]
 
 
 def _records(

@@ -147,7 +147,7 @@ def test_a_bad_word(word: str, message: str, storage: Path) -> None:
         ([], "no search space given; there are: dense"),
         (["set", "set"], "'set' is given twice (search_spaces/set.yaml, search_spaces/set.yaml)"),
         (["set", "name="], "name: a sweep needs one; write name=NAME"),
-        (["set", "name=a/b"], "name: 'a/b' is no name for a sweep; use letters, digits"),
+        (["set", "name=a/b"], "name: 'a/b' is no name for a sweep; use up to 100 letters"),
         (["set", "name=.."], "name: '..' is no name for a sweep"),
         (["set", "name=-x"], "name: '-x' is no name for a sweep"),
         (["set", "start=paper"], "start: belongs to train"),
@@ -187,6 +187,18 @@ def test_a_bad_word(word: str, message: str, storage: Path) -> None:
          "scheduler.grace: 2 of 12 epochs; allowed: 3 to 12, a quarter or more, because"),
         (["set", "scheduler.name=asha", "objective=val/loss,density/all"],
          "scheduler.name: asha compares trials by one objective, and there are 2; use"),
+        (["set", "density=0.1,0.10000001"], "density: two members would be called 'set@0.1'"),
+        (["set", "device=meta"], "device: 'meta' is unknown; allowed: auto, cpu, cuda"),
+        (["set", "ray.address=auto", "device=gpu"], "device: 'gpu' is unknown"),
+        (["set", "constraint.method/nope=1"], "constraint.method/nope: trials report no such met"),
+        (["set", "constraint.density/layer/fc9=1"], "constraint.density/layer/fc9: trials report"),
+        (["set", "objective=[[val/accuracy]]"], "objective: no metric '['val/accuracy']'"),
+        (["set", "model.widths=[100000000000]"], "every width must be 1 to 1000000"),
+        (["set", "optimizer.lr=1e308"], "optimizer.lr: 1e+308 is out of range; allowed: above 0"),
+        (["set", "model.name=..a:b"], "model.name: '..a:b' is no import path"),
+        (["set", "data.name=mnist", "data.path=~nobodyx/x"], "data.path: '~nobodyx/x' does not ex"),
+        (["set", "name=" + "x" * 101], "is no name for a sweep; use up to 100 letters"),
+        (["set", "storage=" + "x" * 300], "cannot be a folder"),
         (["set", "storage="], "storage: an empty value is out of range; allowed: a folder's path"),
         (["dst", "constraint.density/all=nan"], "constraint.density/all: 'nan' is no bound"),
         (["dst", "constraint.density/all=inf"], "constraint.density/all: 'inf' is no bound"),
@@ -218,6 +230,89 @@ def test_a_folder_without_the_right_to_write() -> None:
     # The rights there say that root may write.
     with pytest.raises(ValueError, match=r"^storage: .* cannot be written to; give storage=FOLD"):
         sweep("set", "storage=/proc/sweeps")
+
+
+NETWORK = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes, {args}):
+        super().__init__()
+        self.fc, self.other = nn.Linear(64, num_classes), nn.Linear(4, 4)
+        {init}
+    def forward(self, x):
+        {forward}
+"""
+
+
+@pytest.mark.parametrize(
+    ("init", "forward", "message"),
+    [
+        (
+            "raise RuntimeError('no')",
+            "pass",
+            "model.name: making {m}:Net raised RuntimeError: no (",
+        ),
+        ("import sys; sys.exit(3)", "pass", "model.name: making {m}:Net raised SystemExit: 3 ("),
+        ("1 / (hidden - 1)", "pass", "raised ZeroDivisionError: division by zero ("),
+        ("pass", "raise KeyError('no')", "on images of shape [1, 8, 8] raised KeyError: 'no' ("),
+        ("pass", "return x", "gives [2, 1, 8, 8] for 2 images; it must give [2, 10]"),
+        ("pass", "return None", "gives NoneType for 2 images; it must give [2, 10]"),
+        ("pass", "return self.fc(x.flatten(1))", "does not use its parameters other.weight, oth"),
+        ("pass", "return self.fc(x.flatten(1)).detach()", "the backward pass raised RuntimeError"),
+    ],
+)
+def test_a_bad_network_is_found_before_anything_starts(
+    init: str, forward: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    module = f"net_{abs(hash(request.node.name))}"  # modules stay imported
+    text = NETWORK.format(args="hidden=1", init=init, forward=forward)
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        sweep("set", f"model.name={module}:Net")
+    assert message.format(m=module) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise RuntimeError('no')", "data.name: {m}:f raised RuntimeError: no ("),
+        ("return None", "{m}:f returned <class 'NoneType'>; return (train images"),
+        ("return ['a'] * 4", "data.name: making tensors of what {m}:f returned raised"),
+        ("return [np.zeros((0, 4)), np.zeros(0, int)] * 2", "{m}:f returned no image"),
+        ("return [np.zeros((2, 4)), np.array([0, 10**9])] * 2", "one whole number from 0 to 99999"),
+    ],
+)
+def test_bad_data_is_found_before_anything_starts(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    module = f"data_{abs(hash(request.node.name))}"
+    (tmp_path / f"{module}.py").write_text(f"import numpy as np\ndef f():\n    {body}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        sweep("set", f"data.name={module}:f")
+    assert message.format(m=module) in str(caught.value)
+
+
+def test_a_start_points_density_is_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("method: set\nstart: {p: {density: 0.3, zeta: 0.2}, q: {zeta: 0.2}}\n")
+    (one,) = sweep(str(file)).members
+    assert one.name == "t/x@0.1"
+    at = [one.trial_settings(p.params, p.fixed).density for p in one.start_points]
+    assert at == [0.3, 0.1]
+    (given,) = sweep(str(file), "density=0.2").members
+    at = [given.trial_settings(p.params, p.fixed).density for p in given.start_points]
+    assert at == [0.2, 0.2]
+    (single,) = resolve([str(file)], ["start=p"], "train").members
+    assert single.name.endswith("/x@0.3")
+    file.write_text("method: set\nstart: {p: {density: 1.0e-9}}\n")
+    with pytest.raises(ValueError, match=r"density: 1e-09 cannot be reached"):
+        sweep(str(file))
 
 
 # Members ------------------------------------------------------------------------------------------

@@ -232,8 +232,34 @@ def test_load_opens_no_test_file(folder: Path) -> None:
     (folder / "test-00000-of-00001.parquet").write_text("whoever opens this fails")
     data.check(settings)
     assert len(data.load(settings).train.images) == 6
-    with pytest.raises(pa.ArrowInvalid):
+    with pytest.raises(ValueError, match=r"^data.path: '.*parquet' is no parquet file"):
         data.load_test(settings)
+
+
+def test_a_damaged_cache_is_decoded_again(folder: Path, cache: Path) -> None:
+    settings = DataSettings(name="mine", path=str(folder))
+    first = data.load(settings)
+    for file in cache.iterdir():
+        file.write_bytes(file.read_bytes()[:100] if "images" in file.name else b"")
+    assert data.load(settings).fingerprint == first.fingerprint
+    assert all(file.stat().st_size > 100 for file in cache.iterdir())
+
+
+@pytest.mark.parametrize("labels", [[0, None, 1], [0.5, 1.0, 2.0], ["a", "b", "c"], [0, -1, 1]])
+def test_labels_that_are_no_classes_are_refused(tmp_path: Path, labels: list[object]) -> None:
+    table = pa.table({"image": [{"bytes": b""}] * 3, "label": labels})
+    for part in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{part}.parquet")
+    with pytest.raises(ValueError, match=r"the column label .* should hold whole numbers from 0"):
+        data.load(DataSettings(name="mine", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("cell", [None, {"bytes": None}, {"bytes": b"no image"}, {"path": "x"}, 3])
+def test_a_cell_that_is_no_image_is_named(tmp_path: Path, cell: object) -> None:
+    for part in ("train", "test"):
+        pq.write_table(pa.table({"image": [cell], "label": [0]}), tmp_path / f"{part}.parquet")
+    with pytest.raises(ValueError, match=r"^data.path: '.*': image 0 cannot be decoded"):
+        data.load(DataSettings(name="mine", path=str(tmp_path)))
 
 
 def test_decoded_once(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

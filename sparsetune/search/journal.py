@@ -289,8 +289,8 @@ def _apply(member: Member, event: Event) -> None:
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise JournalError(f"{path}: no journal here") from error
+    except OSError as error:
+        raise JournalError(f"{path}: no journal here ({error.strerror})") from error
 
 
 def _parse(data: bytes, path: Path) -> tuple[list[Event], int]:
@@ -331,8 +331,11 @@ def header(folder: Path | str) -> Event:
     try:
         with path.open("rb") as file:
             first = _decode(file.readline().rstrip(b"\n"))
-    except FileNotFoundError as error:
-        raise JournalError(f"{path}: no journal here") from error
+    except OSError as error:
+        raise JournalError(f"{path}: no journal here ({error.strerror})") from error
     if first is None:
-        raise JournalError(f"{path}:1: no complete event, so this search never began")
-    return _begin(first).header
+        return replay(_parse(_bytes(path), path)[0], path).header  # says what is wrong
+    try:
+        return _begin(first).header
+    except (JournalError, KeyError) as error:
+        raise JournalError(f"{path}:1: {error}") from error
