@@ -49,7 +49,7 @@ def sweep_trial(config: dict[str, Any]) -> None:
     try:
         if attempt > ATTEMPTS:
             raise RuntimeError(f"its process died {ATTEMPTS} times")
-        with closing(_records(config, about)) as records:
+        with closing(_records(config, about, suspect=attempt > 1)) as records:
             for record in records:
                 tune.report({**record, "attempt": attempt})
     except Exception as error:
@@ -68,21 +68,26 @@ def write_error(folder: Path, error: Exception) -> str:
 
 
 def _records(
-    config: dict[str, Any], about: dict[str, Any]
+    config: dict[str, Any], about: dict[str, Any], suspect: bool
 ) -> Generator[dict[str, float], None, None]:
-    """The trial's records from its engine, from the first one that its checkpoint has."""
+    """The trial's records from its engine, from the first one that its checkpoint has.
+
+    `suspect`: the trial has failed before, so that it is tried alone first.
+    """
     import ray
 
     settings = {key: value for key, value in config.items() if key != "trial"}
     key, epoch, token = trial_key(about["member"], about["number"]), 0, 0
     engine: Any = None
     lost_since: float | None = None
+    deaths = 0  # of engines since the last record
     try:
         while epoch < settings["epochs"]:
             try:
                 if engine is None:
                     engine = ray.get_actor(about["engine"])
-                    given = key, settings, about["folder"], about["save_every"]
+                    suspect = suspect or deaths > 1
+                    given = key, settings, about["folder"], about["save_every"], suspect
                     token = ray.get(engine.attach.remote(*given))
                 records = ray.get(engine.after.remote(key, token, epoch))
             except (ray.exceptions.RayActorError, KeyError):
@@ -90,17 +95,20 @@ def _records(
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > ENGINE_SECONDS:
                     raise
-                engine = None
+                deaths += token > 0
+                engine, token = None, 0
                 time.sleep(0.2)
                 continue
             lost_since = None
+            if records:
+                deaths, suspect = 0, False
             for record in records:
                 yield record
                 epoch = int(record["epoch"])
                 if record["diverged"]:
                     return
     finally:
-        if engine is not None:
+        if token:
             engine.detach.remote(key, token)
 
 

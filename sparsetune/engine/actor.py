@@ -3,8 +3,12 @@
 The rule to know: a thread trains, an epoch at a time; between two epochs trials enter and leave.
 It does not begin the next epoch before every trial of the last one has asked for more or has left,
 so a trial that the scheduler stops costs no epoch more, and a trial that stays silent is left
-behind after a while. Checkpoints are written here. An actor that was killed comes back empty, and
-its trials attach again and go on from their checkpoints.
+behind after a while. Checkpoints are written here.
+
+An actor that was killed comes back empty, and its trials attach again and go on from their
+checkpoints. Those that have seen two engines die without an epoch in between are suspects: each is
+trained alone until it has an epoch, and one that kills its engine then has failed. An exception in
+training finds its trial in the same way.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import Any
 import torch
 
 from sparsetune import checkpoint
+from sparsetune.checkpoint import Snapshot
 from sparsetune.engine.pool import Pool, structure
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import TrialSettings, from_dict
@@ -41,11 +46,13 @@ class Place:
     settings: TrialSettings
     folder: Path
     save_every: int
+    suspect: bool  # it was there when engines died, so it is trained alone until it has an epoch
     arrived: asyncio.Event
     records: list[Metrics] = field(default_factory=list)
     asked: int = 0  # epochs whose records the trial has
     heard: float = field(default_factory=time.monotonic)
     error: str = ""  # a traceback: this trial cannot be trained
+    parked: Snapshot | None = None  # where it is while another one is trained alone
 
     @property
     def over(self) -> bool:
@@ -54,9 +61,15 @@ class Place:
             self.error or (last and (last["diverged"] or last["epoch"] >= self.settings.epochs))
         )
 
+    @property
+    def alone(self) -> Path:
+        """A file that is there while the trial is trained alone: whoever finds it knows that the
+        trial has killed an engine by itself."""
+        return self.folder / "alone"
+
 
 class Engine:
-    """The actor. Its coroutines only look at and change `_places`; the thread owns the pools."""
+    """The actor. Its coroutines look at and change `_places` alone; the thread owns the rest."""
 
     def __init__(self, device: str, engine: str, slots: int, threads: int, path: str) -> None:
         """`path` is the folder where users' modules are found."""
@@ -65,6 +78,7 @@ class Engine:
         keep_freed_memory()
         self._device, self._engine, self._slots = device, engine, slots
         self._places: dict[str, Place] = {}
+        self._inside: dict[str, Place] = {}  # in a pool
         self._pools: dict[str, Pool] = {}
         self._tokens = 0
         self._changed = threading.Condition()
@@ -73,18 +87,16 @@ class Engine:
 
     # What trials call ----------------------------------------------------------------------------
 
-    async def attach(self, key: str, config: dict[str, Any], folder: str, save_every: int) -> int:
+    async def attach(
+        self, key: str, config: dict[str, Any], folder: str, save_every: int, suspect: bool
+    ) -> int:
         """A trial enters at the next epoch; an older attachment of it leaves. Returns its token."""
         self._loop = asyncio.get_running_loop()
+        settings = from_dict(TrialSettings, config)
         with self._changed:
             self._tokens += 1
             self._places[key] = Place(
-                key,
-                self._tokens,
-                from_dict(TrialSettings, config),
-                Path(folder),
-                save_every,
-                asyncio.Event(),
+                key, self._tokens, settings, Path(folder), save_every, suspect, asyncio.Event()
             )
             self._changed.notify_all()
             return self._tokens
@@ -125,18 +137,25 @@ class Engine:
     # The thread ----------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        inside: dict[str, Place] = {}  # in a pool
         while True:
-            here = self._gather(inside)
-            for key in [key for key, place in inside.items() if here.get(key) is not place]:
-                self._pool_of(inside.pop(key)).detach(key)
-            for key, place in here.items():
-                if key not in inside and not place.over and self._enter(place):
-                    inside[key] = place
-            for pool in self._pools.values():
-                self._advance(pool, inside)
+            here = self._gather()
+            for key, place in list(self._inside.items()):
+                if here.get(key) is not place:
+                    self._take_out(place)
+            entering = [p for key, p in here.items() if key not in self._inside and not p.over]
+            suspects = [p for p in here.values() if p.suspect and not p.over]
+            if suspects:
+                for place in list(self._inside.values()):
+                    place.parked = self._pool_of(place).snapshot(place.key)
+                    self._take_out(place)
+                entering = suspects[:1]
+                suspects[0].folder.mkdir(parents=True, exist_ok=True)
+            for place in entering:
+                self._enter(place)
+            for pool in list(self._pools.values()):
+                self._advance(pool)
 
-    def _gather(self, inside: dict[str, Place]) -> dict[str, Place]:
+    def _gather(self) -> dict[str, Place]:
         """Who is here for the next epoch, once there is anyone and all inside have spoken."""
         patience = time.monotonic() + PATIENCE_SECONDS
         with self._changed:
@@ -147,7 +166,7 @@ class Engine:
                         del self._places[key]
                 waiting = [
                     place
-                    for key, place in inside.items()
+                    for key, place in self._inside.items()
                     if self._places.get(key) is place and place.asked < len(place.records)
                 ]
                 if any(not place.over for place in self._places.values()) and (
@@ -162,45 +181,73 @@ class Engine:
             self._pools[shared] = Pool(self._slots, self._device, self._engine)
         return self._pools[shared]
 
-    def _enter(self, place: Place) -> bool:
-        """Attaches the trial where its newest checkpoint left it, and tells it what that holds."""
+    def _take_out(self, place: Place) -> None:
+        self._pool_of(place).detach(place.key)
+        del self._inside[place.key]
+
+    def _enter(self, place: Place) -> None:
+        """The trial goes on where it was parked or its newest checkpoint left it."""
         try:
-            snapshot, records = checkpoint.newest(place.folder)
             pool = self._pool_of(place)
+            if len(pool) == pool.slots:
+                return
+            if place.suspect and place.alone.exists():
+                place.alone.unlink()
+                raise RuntimeError("training this trial, and no other, killed its engine")
+            snapshot, place.parked = place.parked, None
+            if snapshot is None:
+                snapshot, place.records = checkpoint.newest(place.folder)
+                self._tell(place)
+            if place.over:
+                return
             pool.attach(place.key, place.settings, snapshot)
+            self._inside[place.key] = place
+            if place.suspect:
+                place.alone.touch()
         except Exception:  # noqa: BLE001 - whatever it is, it is this trial's, and it is told
             self._tell(place, error=traceback.format_exc())
-            return False
-        self._tell(place, records)
-        if place.over:
-            pool.detach(place.key)
-        return not place.over
 
-    def _advance(self, pool: Pool, inside: dict[str, Place]) -> None:
-        if not len(pool):
+    def _advance(self, pool: Pool) -> None:
+        places = [place for key, place in self._inside.items() if key in pool]
+        if not places:
             return
         try:
             results = pool.advance()
-            for key, metrics in results.items():
-                place = inside[str(key)]
-                records = [*place.records, metrics]
-                ends = metrics["diverged"] or metrics["epoch"] >= place.settings.epochs
-                if metrics["epoch"] % place.save_every == 0 or ends:
-                    checkpoint.save(place.folder, pool.snapshot(key), records)
-                self._tell(place, [metrics])
-                if ends:
-                    pool.detach(key)
-                    del inside[str(key)]
-        except Exception:  # noqa: BLE001 - told to those who were in it
-            text = traceback.format_exc()
-            for key, place in list(inside.items()):
-                if key in pool:
-                    self._tell(place, error=text)
-                    pool.detach(key)
-                    del inside[key]
+        except Exception as error:  # noqa: BLE001 - which of the trials it was is found out
+            # What an exception leaves of a backend is not to be trusted.
+            for place in places:
+                del self._inside[place.key]
+            self._pools = {k: each for k, each in self._pools.items() if each is not pool}
+            if isinstance(error, torch.OutOfMemoryError) and len(places) > 1:
+                self._slots = max(1, len(places) // 2)
+            elif len(places) == 1:
+                places[0].alone.unlink(missing_ok=True)
+                self._tell(places[0], error=traceback.format_exc())
+            else:
+                for place in places:
+                    place.suspect = True
+            return
+        for place in places:
+            self._finish_epoch(pool, place, results[place.key])
 
-    def _tell(self, place: Place, records: list[Metrics] | None = None, error: str = "") -> None:
-        place.records = [*place.records, *(records or [])]
+    def _finish_epoch(self, pool: Pool, place: Place, metrics: Metrics) -> None:
+        if place.suspect:
+            place.suspect = False
+            place.alone.unlink(missing_ok=True)
+        place.records.append(metrics)
+        try:
+            if metrics["epoch"] % place.save_every == 0 or place.over:
+                checkpoint.save(place.folder, pool.snapshot(place.key), place.records)
+        except OSError:  # a full disk, storage away: the trial is tried again from what is there
+            place.records.pop()
+            self._tell(place, error=traceback.format_exc())
+        else:
+            self._tell(place)
+        if place.over:
+            self._take_out(place)
+
+    def _tell(self, place: Place, error: str = "") -> None:
+        """Wakes the trial, which finds new records, or that it cannot be trained."""
         place.error = error
         assert self._loop is not None
         self._loop.call_soon_threadsafe(place.arrived.set)

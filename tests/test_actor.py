@@ -1,0 +1,204 @@
+"""The engine behind its Ray actor: trials come, go, die and take engines with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from sparsetune import checkpoint
+from sparsetune.engine import actor
+from sparsetune.settings import ModelSettings, TrainSettings, TrialSettings, to_dict
+
+EPOCHS = 3
+# A network that ends its process, or raises, in the first epoch of trials with a learning rate
+# above 1. (The rate reaches the weights, so it is told by what the weights have become.)
+POISON = """
+import os
+import torch
+from torch import nn
+
+class Poison(nn.Module):
+    def __init__(self, input_shape, num_classes, kind):
+        super().__init__()
+        self.kind = kind
+        self.fc = nn.Linear(64, num_classes)
+    def forward(self, x):
+        weight = self.fc.weight
+        if weight.device.type != "meta" and float(weight.detach().abs().max()) > 5:
+            if self.kind == "kill":
+                os._exit(9)
+            raise RuntimeError("a bad network")
+        return self.fc(x.flatten(1))
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "poison.py").write_text(POISON)
+    env = {"PYTHONPATH": f"{Path(__file__).parents[1]}:{folder}"}
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        runtime_env={"env_vars": env},
+    )  # fmt: skip
+    yield folder
+    ray.shutdown()
+
+
+def engine(folder: Path, slots: int = 4) -> Any:
+    options = {"num_cpus": 0, "max_restarts": -1}
+    return ray.remote(actor.Engine).options(**options).remote("cpu", "solo", slots, 1, str(folder))
+
+
+def config(epochs: int = EPOCHS, lr: float = 0.1, model: ModelSettings | None = None) -> Any:
+    settings = TrialSettings(
+        method="set", density=0.5, epochs=epochs, train=TrainSettings(batch_size=32),
+        model=model or ModelSettings(name="mlp", widths=[16]),
+    )  # fmt: skip
+    settings.data.limit, settings.optimizer.lr = 200, lr
+    return to_dict(settings)
+
+
+class Trial:
+    """What `trial.sweep_trial` is to an engine, by hand."""
+
+    def __init__(self, engine: Any, folder: Path, key: str, given: Any, suspect: bool = False):
+        self.engine, self.key, self.folder, self.records = engine, key, folder / key, []
+        self.given = key, given, str(self.folder), 1, suspect
+        self.attach()
+
+    def attach(self) -> None:
+        self.token = ray.get(self.engine.attach.remote(*self.given))
+
+    def next(self) -> list[dict[str, float]]:
+        found: list[dict[str, float]] = []
+        while not found:
+            found = ray.get(self.engine.after.remote(self.key, self.token, len(self.records)))
+        self.records += found
+        return found
+
+    def run(self, epochs: int = EPOCHS) -> list[dict[str, float]]:
+        while len(self.records) < epochs:
+            self.next()
+        ray.get(self.engine.detach.remote(self.key, self.token))
+        return self.records
+
+
+def losses(records: list[dict[str, float]]) -> list[float]:
+    return [record["train/loss"] for record in records]
+
+
+def test_trials_train_side_by_side_and_checkpoint(cluster: Path, tmp_path: Path) -> None:
+    one = engine(cluster)
+    first, second = (Trial(one, tmp_path, key, config()) for key in "ab")
+    assert losses(first.run()) == losses(second.run())
+    assert [record["epoch"] for record in first.records] == [1, 2, 3]
+    assert checkpoint.saved_epochs(first.folder) == [3]
+    # Whoever attaches later with the same folder is told what the checkpoint has.
+    assert losses(Trial(one, tmp_path, "a", config()).run()) == losses(first.records)
+
+
+def test_a_stopped_trial_trains_no_further_epoch(cluster: Path, tmp_path: Path) -> None:
+    one = engine(cluster)
+    goes, stops = Trial(one, tmp_path, "goes", config(6)), Trial(one, tmp_path, "stops", config(6))
+    goes.next(), stops.next()
+    time.sleep(0.3)  # of the PATIENCE_SECONDS that the engine waits for a decision
+    ray.get(one.detach.remote("stops", stops.token))
+    goes.run(6)
+    assert checkpoint.saved_epochs(stops.folder) == [1]
+
+
+def test_more_trials_than_slots_wait_for_their_turn(cluster: Path, tmp_path: Path) -> None:
+    one = engine(cluster, slots=1)
+    trials = [Trial(one, tmp_path, str(number), config(2)) for number in range(3)]
+    for trial in trials:
+        trial.run(2)
+
+
+def test_a_newer_attachment_takes_the_place_of_an_older(cluster: Path, tmp_path: Path) -> None:
+    one = engine(cluster)
+    old = Trial(one, tmp_path, "x", config())
+    new = Trial(one, tmp_path, "x", config())
+    with pytest.raises(KeyError):
+        old.next()
+    ray.get(one.detach.remote("x", old.token))  # says nothing about the newer one
+    assert len(new.run()) == EPOCHS
+
+
+def test_a_trial_that_cannot_be_trained_is_told_why(cluster: Path, tmp_path: Path) -> None:
+    one = engine(cluster)
+    good, bad = Trial(one, tmp_path, "good", config()), None
+    broken = config()
+    broken["model"]["name"] = "nowhere:Net"
+    bad = Trial(one, tmp_path, "bad", broken)
+    with pytest.raises(RuntimeError, match="module 'nowhere' cannot be imported"):
+        bad.next()
+    assert len(good.run()) == EPOCHS
+
+
+def test_an_engine_that_is_killed_comes_back_and_trials_go_on(
+    cluster: Path, tmp_path: Path
+) -> None:
+    one = engine(cluster)
+    whole = losses(Trial(one, tmp_path, "whole", config(6)).run(6))
+    trial = Trial(one, tmp_path, "cut", config(6))
+    trial.next(), trial.next()
+    os.kill(ray.get(one.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+    with pytest.raises((ray.exceptions.RayActorError, KeyError)):
+        while True:
+            trial.next()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            trial.attach()
+            break
+        except ray.exceptions.RayActorError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert losses(trial.run(6)) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raise", "kill"])
+def test_a_poison_trial_fails_and_the_others_do_not(
+    kind: str, cluster: Path, tmp_path: Path
+) -> None:
+    one = engine(cluster)
+    network = ModelSettings(name="poison:Poison", args={"kind": kind})
+    rates = {"a": 0.1, "poison": 1000.0, "b": 0.1}
+    trials = {
+        key: Trial(one, tmp_path, key, config(lr=lr, model=network)) for key, lr in rates.items()
+    }
+    failed: dict[str, str] = {}
+    deaths = dict.fromkeys(trials, 0)
+    deadline = time.monotonic() + 120
+    while any(len(t.records) < EPOCHS for k, t in trials.items() if k not in failed):
+        assert time.monotonic() < deadline
+        for key, trial in trials.items():
+            if key in failed or len(trial.records) == EPOCHS:
+                continue
+            try:
+                if not trial.token:
+                    trial.given = *trial.given[:4], deaths[key] > 1
+                    trial.attach()
+                found = ray.get(one.after.remote(key, trial.token, len(trial.records)), timeout=30)
+                trial.records += found
+                if found:
+                    deaths[key] = 0
+            except RuntimeError as error:
+                failed[key] = str(error)
+            except (ray.exceptions.RayActorError, KeyError):
+                deaths[key] += trial.token > 0
+                trial.token = 0
+                time.sleep(0.2)
+    assert failed.keys() == {"poison"}
+    expected = "a bad network" if kind == "raise" else "killed its engine"
+    assert expected in failed["poison"]
+    assert losses(trials["a"].records) == losses(trials["b"].records)
