@@ -25,6 +25,8 @@ ORDER = [
     {"config"},
     {"engine.pool"},
     {"engine.solo", "engine.stacked", "engine.csr"},
+    {"engine.csr_trial", "engine.csr_optim"},
+    {"engine.csr_index"},
     {"checkpoint"},
     {"trainer"},
     {"optim", "flops"},
