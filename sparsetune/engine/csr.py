@@ -12,6 +12,7 @@ order, so a slot's numbers do not depend on its neighbours, to the last bit.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -24,7 +25,6 @@ from sparsetune.engine import csr_index, csr_optim, csr_trial
 from sparsetune.engine.csr_index import Scores
 from sparsetune.engine.csr_trial import Trial
 from sparsetune.trainer import Metrics, Setup
-
 
 Batch = tuple[Tensor, Tensor]  # images [b, features] float32, labels [b]
 
@@ -125,12 +125,13 @@ def _training_batches(trial: Trial) -> Iterator[Batch]:
     places = order.to(setup.device).split(settings.train.batch_size)[: setup.steps_per_epoch]
     for place in places:
         index = setup.train_index[place]
-        yield _batch(setup, data.augment(dataset.train.images[index], offsets, index), index)
+        images = data.augment(dataset.train.images.index_select(0, index), offsets, index)
+        yield _batch(setup, images, index)
 
 
 def _validation_batches(setup: Setup, size: int) -> Iterator[Batch]:
     for index in setup.validation_index.split(size):
-        yield _batch(setup, setup.dataset.train.images[index], index)
+        yield _batch(setup, setup.dataset.train.images.index_select(0, index), index)
 
 
 def _batch(setup: Setup, images: Tensor, index: Tensor) -> Batch:
@@ -203,9 +204,11 @@ class Layer:
     ) -> None:
         self.index, self.weight, self.bias = index, weight, bias
         self._bias_grad = bias_grad
-        self._weight_grad = torch.sparse_csr_tensor(
-            index.row_starts, index.columns, weight_grad, index.shape, check_invariants=False
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            self._weight_grad = torch.sparse_csr_tensor(
+                index.row_starts, index.columns, weight_grad, index.shape, check_invariants=False
+            )
         assert self._weight_grad.values().data_ptr() == weight_grad.data_ptr()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -322,7 +325,8 @@ class Pack:
             layer, x = self._layers[number], self._activations[number]
             layer.backward(dy, x)
             if number:
-                dy = torch.ops.aten.threshold_backward(layer.backward_input(dy), x, 0)
+                dy = layer.backward_input(dy)
+                torch.ops.aten.threshold_backward.grad_input(dy, x, 0, grad_input=dy)
                 self._upstream.insert(0, dy)
         return cross_entropy(logits, target)
 

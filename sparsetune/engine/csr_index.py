@@ -26,10 +26,10 @@ class Pattern(NamedTuple):
     """One layer [out, in] of one slot: its n active positions by row, and by column where the
     gradient of the layer's input is needed."""
 
-    index: Tensor  # [n] int64, sorted, row * in + column
+    positions: Tensor  # [n] int64, sorted, row * in + column
     columns: Tensor  # [n] int32
     ends: Tensor  # [out] int32, active weights up to the end of each row
-    by_column: Tensor  # [n] int32, places in `index`, in the order of the columns
+    by_column: Tensor  # [n] int32, places in `positions`, in the order of the columns
     rows: Tensor  # [n] int32, in that order
     column_ends: Tensor  # [in] int32
 
@@ -66,8 +66,8 @@ def stack(
     """The slots' patterns of a layer of `shape`, slot k's first column at `first_columns[k]`."""
     begins = [0]
     for each in patterns:
-        begins.append(begins[-1] + len(each.index))
-    zero = torch.zeros(1, dtype=torch.int32, device=patterns[0].index.device)
+        begins.append(begins[-1] + len(each.positions))
+    zero = torch.zeros(1, dtype=torch.int32, device=patterns[0].positions.device)
     slots = range(len(patterns))
     return Stacked(
         (len(patterns) * shape[0], columns),
@@ -103,35 +103,45 @@ def lowest_positions(
     num = min(num, size - len(excluded))
     if num <= 0:
         return excluded[:0]
-    bound, found, found_scores = guess, [], []
+    # One piece of memory for what is found: small ones, left behind between the chunks, would keep
+    # the allocator from using the chunks' memory again.
+    room = min(2 * num + CHUNK, size)
+    positions = torch.empty(room, dtype=torch.int64, device=excluded.device)
+    values = torch.empty(0, device=excluded.device)
+    bound, used = guess, 0
     for start in range(0, size, CHUNK):
         chunk = scores(start, min(start + CHUNK, size))
-        is_open = torch.ones(len(chunk), dtype=torch.bool, device=chunk.device)
-        first, last = torch.searchsorted(
-            excluded, torch.tensor([start, start + len(chunk)], device=excluded.device)
-        ).tolist()
-        is_open[excluded[first:last] - start] = False
-        if bound < float("inf"):
-            # Strictly: an equal score at a higher position loses.
-            is_open &= chunk < bound
-        places = is_open.nonzero().squeeze(1)
-        found.append(places + start)
-        found_scores.append(chunk[places])
+        if not start:
+            values = chunk.new_empty(room)
+        places = _open_places(chunk, start, excluded, bound)
+        torch.add(places, start, out=positions[used : used + len(places)])
+        torch.index_select(chunk, 0, places, out=values[used : used + len(places)])
+        used += len(places)
         # Not at every chunk: a choice among many costs more than looking at a chunk.
-        if sum(map(len, found)) > 2 * num:
-            found, found_scores = _lowest_of(found, found_scores, num)
-            bound = float(found_scores[0].nan_to_num(nan=float("inf")).max())
-    if sum(map(len, found)) < num:
+        if used > 2 * num:
+            best = _lowest(values[:used], num)
+            positions[:num], values[:num] = positions[:used][best], values[:used][best]
+            bound, used = float(values[:num].nan_to_num(nan=float("inf")).max()), num
+    if used < num:
         return lowest_positions(scores, size, excluded, num)
-    return _lowest_of(found, found_scores, num)[0][0]
+    return positions[:used][_lowest(values[:used], num)]
 
 
-def _lowest_of(
-    found: list[Tensor], scores: list[Tensor], num: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    positions, values = torch.cat(found), torch.cat(scores)
-    best = lowest(values, torch.ones_like(positions, dtype=torch.bool), _count(num))
-    return [positions[best]], [values[best]]
+def _open_places(chunk: Tensor, start: int, excluded: Tensor, bound: float) -> Tensor:
+    """Places in a chunk of scores that are not excluded and below the bound."""
+    is_open = torch.ones(len(chunk), dtype=torch.bool, device=chunk.device)
+    ends = torch.tensor([start, start + len(chunk)], device=excluded.device)
+    first, last = torch.searchsorted(excluded, ends).tolist()
+    is_open[excluded[first:last] - start] = False
+    if bound < float("inf"):
+        # Strictly: an equal score at a higher position loses.
+        is_open &= chunk < bound
+    return is_open.nonzero().squeeze(1)
+
+
+def _lowest(scores: Tensor, num: int) -> Tensor:
+    eligible = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    return lowest(scores, eligible, torch.tensor(float(num), dtype=torch.float64))
 
 
 def random_positions(
@@ -140,15 +150,6 @@ def random_positions(
     """`num` random positions among `size` without the sorted `excluded`: sorted int64."""
     share = (num + 4 * num**0.5 + 4) / max(size - len(excluded), 1)
     return lowest_positions(uniform_scores(stream, device), size, excluded, num, guess=share)
-
-
-def among(positions: Tensor, scores: Tensor, num: int) -> Tensor:
-    """The `num` of the sorted `positions` with the lowest scores, sorted."""
-    return positions[lowest(scores, torch.ones_like(positions, dtype=torch.bool), _count(num))]
-
-
-def _count(num: int) -> Tensor:
-    return torch.tensor(float(num), dtype=torch.float64)
 
 
 # Sets of positions, as sorted tensors -------------------------------------------------------------

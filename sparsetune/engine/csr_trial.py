@@ -7,6 +7,7 @@ layer's size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from sparsetune.checkpoint import Snapshot
 from sparsetune.engine import csr_index
 from sparsetune.engine.csr_index import Pattern, Scores
 from sparsetune.methods import noise
-from sparsetune.methods.contract import Active, Growth, Shapes
+from sparsetune.methods.contract import Active, Growth, Layers, Shapes
 from sparsetune.methods.update import NEW_WEIGHT_DEVIATION
 from sparsetune.trainer import Setup
 
@@ -32,10 +33,10 @@ class Trial:
     setup: Setup
     shapes: Shapes  # of all weights
     patterns: dict[str, Pattern]  # of all weights
-    ever: dict[str, Tensor]  # of the sparse layers, sorted positions
-    params: dict[str, Tensor]
-    first: dict[str, Tensor]
-    second: dict[str, Tensor]
+    ever: Layers  # of the sparse layers, sorted positions
+    params: Layers
+    first: Layers
+    second: Layers
     method: Any
     epoch: int = 0
     step: int = 0
@@ -63,9 +64,9 @@ class Trial:
     def num_values(self) -> int:
         return sum(value.numel() for value in self.params.values())
 
-    def index(self) -> dict[str, Tensor]:
+    def index(self) -> Layers:
         """Active positions of the sparse layers."""
-        return {name: self.patterns[name].index for name in self.setup.sparse}
+        return {name: self.patterns[name].positions for name in self.setup.sparse}
 
     def count_active(self, steps: int) -> None:
         """Adds that many steps x the weights active now to this epoch's sum of each layer."""
@@ -75,18 +76,27 @@ class Trial:
     def learning_rate(self) -> float:
         """Of the next step."""
         settings = self.setup.settings
-        lr = settings.optimizer.lr
-        return optim.learning_rate(settings.schedule, lr, self.step, self.setup.num_steps)
+        return optim.learning_rate(
+            settings.schedule, settings.optimizer.lr, self.step, self._num_steps
+        )
 
     def is_due(self) -> bool:
         """Is the topology updated after the step that was just taken?"""
         setup = self.setup
         return setup.method.decide is not None and setup.schedule.is_due(
-            self.step, setup.num_steps, setup.steps_per_epoch, setup.method.closes
+            self.step, self._num_steps, self._steps_per_epoch, setup.method.closes
         )
 
+    @functools.cached_property
+    def _num_steps(self) -> int:
+        return self.setup.num_steps
 
-def _patterns(setup: Setup, index: dict[str, Tensor]) -> dict[str, Pattern]:
+    @functools.cached_property
+    def _steps_per_epoch(self) -> int:
+        return self.setup.steps_per_epoch
+
+
+def _patterns(setup: Setup, index: Layers) -> dict[str, Pattern]:
     """Of all weights, `index` being the positions in the sparse layers."""
     found = {}
     for number, (name, shape) in enumerate(models.weights(setup.model).items()):
@@ -118,25 +128,17 @@ def begin(setup: Setup) -> Trial:
     )
 
 
-def _active(
-    params: dict[str, Tensor],
-    momenta: dict[str, Tensor],
-    grads: dict[str, Tensor],
-    index: dict[str, Tensor],
-) -> dict[str, Active]:
-    return {
-        name: Active(
-            params[name], momenta[name], grads[name], torch.ones_like(at, dtype=torch.bool)
-        )
-        for name, at in index.items()
-    }
+def _active(params: Layers, momenta: Layers, grads: Layers, index: Layers) -> dict[str, Active]:
+    """What a decision sees: values alone, all of them valid."""
+    valid = {name: torch.ones_like(at, dtype=torch.bool) for name, at in index.items()}
+    return {name: Active(params[name], momenta[name], grads[name], valid[name]) for name in index}
 
 
 def restore(setup: Setup, start: Snapshot) -> Trial:
     trial = begin(setup)
     index = {name: at.to(setup.device) for name, at in start["index"].items()}
 
-    def values(packed: dict[str, Any]) -> dict[str, Tensor]:
+    def values(packed: dict[str, Any]) -> Layers:
         found = {}
         for name, entry in packed.items():
             value = entry["value"] if "value" in entry else entry["whole"].flatten()
@@ -159,7 +161,7 @@ def restore(setup: Setup, start: Snapshot) -> Trial:
 def snapshot(trial: Trial) -> Snapshot:
     shapes = {name: parameter.shape for name, parameter in trial.setup.model.named_parameters()}
 
-    def pack(values: dict[str, Tensor]) -> dict[str, Any]:
+    def pack(values: Layers) -> dict[str, Any]:
         copies = {name: value.cpu().clone() for name, value in values.items()}
         return {
             name: {"value": value}
@@ -182,9 +184,7 @@ def snapshot(trial: Trial) -> Snapshot:
 # Topology updates ---------------------------------------------------------------------------------
 
 
-def update_topology(
-    trial: Trial, grads: dict[str, Tensor], gradient_scores: Callable[[str], Scores]
-) -> None:
+def update_topology(trial: Trial, grads: Layers, gradient_scores: Callable[[str], Scores]) -> None:
     """One prune-and-grow event. `grads` are the values' gradients in the last batch, by sparse
     layer; `gradient_scores` gives -|gradient| at any positions of a layer."""
     setup, index = trial.setup, trial.index()
