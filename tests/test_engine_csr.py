@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsetune import checkpoint, data, optim, trainer
+from sparsetune import checkpoint, data, trainer
 from sparsetune.checkpoint import Snapshot
 from sparsetune.engine import csr_index, csr_trial
 from sparsetune.engine.csr import Csr, unfit
@@ -122,7 +122,7 @@ def same(a: Any, b: Any) -> bool:
         )
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    return type(a) is type(b) and (a == b or a != a and b != b)
+    return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
 def difference(a: Snapshot, b: Snapshot, setup: Setup) -> float:
