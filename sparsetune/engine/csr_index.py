@@ -164,12 +164,21 @@ def find(positions: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     return places, among[places] == positions
 
 
+def merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """(both together, sorted, and their order in `torch.cat([first, second])`)."""
+    both = torch.cat([first, second])
+    if both.device.type == "cpu":
+        # NumPy sees that there are two sorted runs: a tenth of torch's time.
+        order = torch.from_numpy(both.numpy().argsort(kind="stable"))
+    else:
+        order = both.argsort(stable=True)
+    return both[order], order
+
+
 def union(first: Tensor, second: Tensor) -> Tensor:
-    _, known = find(second, first)
-    return torch.cat([first, second[~known]]).sort().values
+    return merge(first, second)[0].unique_consecutive()
 
 
 def num_missing(positions: Tensor, among: Tensor) -> int:
     """How many of the positions are not among the others."""
-    _, known = find(positions, among)
-    return len(positions) - int(known.count_nonzero())
+    return len(union(positions, among)) - len(among)

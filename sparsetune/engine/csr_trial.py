@@ -254,7 +254,7 @@ def _regrow(
     """The new positions; the trial's values and moments move to them. Moments of grown weights
     are zero."""
     kept = keep.nonzero().squeeze(1)
-    positions, order = torch.cat([index[kept], grown]).sort()
+    positions, order = csr_index.merge(index[kept], grown)
     zeros = torch.zeros_like(grown, dtype=trial.params[name].dtype)
     new = zeros
     if growth is not None and growth.new_value == "normal":
