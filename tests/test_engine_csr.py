@@ -168,8 +168,7 @@ def test_one_update_gives_the_trainers_state(
             {name: flat[name][at] for name, at in trial.index().items()},
             lambda name, flat=flat: lambda start, stop: -flat[name][start:stop].abs(),  # type: ignore[misc]
         )
-        # Copies, because the trainer updates a state's tensors in place.
-        after = trainer._topology_update(setup, trainer._copied(state), grads)
+        after = trainer._topology_update(setup, state, grads)
         assert same(csr_trial.snapshot(trial), checkpoint.encode(after))
 
 
@@ -494,6 +493,7 @@ BIG = """
     assert got["method/churn"] > 0 and got["density/ever"] > got["density/sparse"]
     num = sum(map(len, again.snapshot(0)["index"].values()))
     assert num == 415880, num
+    # The peak of resident memory, in kB.
     status = Path("/proc/self/status").read_text()
     print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 """
@@ -516,6 +516,3 @@ def test_400_million_positions_stay_below_a_gigabyte_and_a_half(
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1.5e6  # kB
-
-
-"""The last line is the peak of the resident memory in kB."""

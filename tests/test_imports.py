@@ -25,6 +25,7 @@ ORDER = [
     {"config"},
     {"engine.pool"},
     {"engine.solo", "engine.stacked", "engine.csr"},
+    {"engine.csr_pack"},
     {"engine.csr_trial", "engine.csr_optim"},
     {"engine.csr_index"},
     {"checkpoint"},

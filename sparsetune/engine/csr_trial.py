@@ -96,15 +96,6 @@ class Trial:
         return self.setup.steps_per_epoch
 
 
-def _patterns(setup: Setup, index: Layers) -> dict[str, Pattern]:
-    """Of all weights, `index` being the positions in the sparse layers."""
-    found = {}
-    for number, (name, shape) in enumerate(models.weights(setup.model).items()):
-        at = index[name] if name in index else torch.arange(shape.numel(), device=setup.device)
-        found[name] = csr_index.pattern(at, shape, with_columns=number > 0)
-    return found
-
-
 def begin(setup: Setup) -> Trial:
     seed, device = setup.settings.seed, setup.device
     shapes = models.weights(setup.model)
@@ -122,10 +113,21 @@ def begin(setup: Setup) -> Trial:
         weight_shape = shapes[name.rpartition(".")[0] + ".weight"]
         params[name] = models.initial_values(drawn, models.init_bound(weight_shape))
     moments = optim.begin(setup.settings.optimizer, params)
-    method, _ = trainer.begin_method(setup, _active(params, moments.first, moments.first, index))
-    return Trial(
-        setup, shapes, _patterns(setup, index), index, params, moments.first, moments.second, method
-    )
+    return _trial(setup, index, index, params, *moments)
+
+
+def _trial(
+    setup: Setup, index: Layers, ever: Layers, params: Layers, first: Layers, second: Layers
+) -> Trial:
+    """With the method's state as it is at the beginning."""
+    shapes = models.weights(setup.model)
+    patterns = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        at = index[name] if name in index else torch.arange(shape.numel(), device=setup.device)
+        patterns[name] = csr_index.pattern(at, shape, with_columns=number > 0)
+    zeros = {name: torch.zeros_like(params[name]) for name in index}
+    method, _ = trainer.begin_method(setup, _active(params, zeros, zeros, index))
+    return Trial(setup, shapes, patterns, dict(ever), params, first, second, method)
 
 
 def _active(params: Layers, momenta: Layers, grads: Layers, index: Layers) -> dict[str, Active]:
@@ -135,7 +137,6 @@ def _active(params: Layers, momenta: Layers, grads: Layers, index: Layers) -> di
 
 
 def restore(setup: Setup, start: Snapshot) -> Trial:
-    trial = begin(setup)
     index = {name: at.to(setup.device) for name, at in start["index"].items()}
 
     def values(packed: dict[str, Any]) -> Layers:
@@ -147,11 +148,8 @@ def restore(setup: Setup, start: Snapshot) -> Trial:
             found[name] = value.to(setup.device)
         return found
 
-    trial.patterns = _patterns(setup, index)
-    trial.ever = {name: at.to(setup.device) for name, at in start["ever"].items()}
-    trial.params, trial.first, trial.second = (
-        values(start[key]) for key in ("params", "first", "second")
-    )
+    ever = {name: at.to(setup.device) for name, at in start["ever"].items()}
+    trial = _trial(setup, index, ever, *(values(start[k]) for k in ("params", "first", "second")))
     trial.method = checkpoint.method_state(trial.method, start, setup.device)
     for name, value in start["counts"].items():
         setattr(trial, name, value)
@@ -210,7 +208,7 @@ def update_topology(trial: Trial, grads: Layers, gradient_scores: Callable[[str]
         new_index[name] = _regrow(trial, growth, name, at, keep[name], grown)
         trial.ever[name] = csr_index.union(trial.ever[name], grown)
     trial.patterns = trial.patterns | {
-        name: csr_index.pattern(at, setup.sparse[name], len(trial.patterns[name].column_ends) > 0)
+        name: csr_index.pattern(at, setup.sparse[name], trial.patterns[name].has_columns)
         for name, at in new_index.items()
     }
     trial.updates += 1
