@@ -56,17 +56,31 @@ def _unpack(packed: dict[str, Any], indices: dict[str, Tensor], setup: Setup) ->
 def encode(state: TrialState) -> Snapshot:
     """The state as nested dicts of tensors, numbers and strings."""
     indices = {name: mask.flatten().nonzero().squeeze(1) for name, mask in state.masks.items()}
+    return snapshot(
+        index={name: index.cpu() for name, index in indices.items()},
+        ever={k: m.flatten().nonzero().squeeze(1).cpu() for k, m in state.ever.items()},
+        params=_pack(state.params, indices),
+        first=_pack(state.moments.first, indices),
+        second=_pack(state.moments.second, indices),
+        buffers={name: tensor.cpu() for name, tensor in state.buffers.items()},
+        state=state,
+    )
+
+
+def snapshot(*, state: Any, **tensors: dict[str, Any]) -> Snapshot:
+    """A `Snapshot` of these tensors and of what any backend's `state` has besides: the method's
+    own state and the counts."""
     return {
         "format": FORMAT,
-        "index": {name: index.cpu() for name, index in indices.items()},
-        "ever": {k: m.flatten().nonzero().squeeze(1).cpu() for k, m in state.ever.items()},
-        "params": _pack(state.params, indices),
-        "first": _pack(state.moments.first, indices),
-        "second": _pack(state.moments.second, indices),
-        "buffers": {name: tensor.cpu() for name, tensor in state.buffers.items()},
+        **tensors,
         "method": {k: t.cpu() for k, t in state.method._asdict().items()} if state.method else {},
         "counts": {k: getattr(state, k) for k in ("epoch", "step", "updates", "flops", "diverged")},
     }
+
+
+def method_state(fresh: Any, saved: Snapshot, device: torch.device) -> Any:
+    """The method's own state as it was saved, of the type that a `fresh` one has."""
+    return fresh and fresh._replace(**{k: t.to(device) for k, t in saved["method"].items()})
 
 
 def decode(setup: Setup, saved: Snapshot) -> TrialState:
@@ -82,10 +96,6 @@ def decode(setup: Setup, saved: Snapshot) -> TrialState:
         return flat.view(setup.sparse[name]).to(setup.device)
 
     index = saved["index"]
-    method_state = trainer.begin(setup).method
-    if method_state:
-        values = {name: tensor.to(setup.device) for name, tensor in saved["method"].items()}
-        method_state = method_state._replace(**values)
     return TrialState(
         params=_unpack(saved["params"], index, setup),
         buffers={name: tensor.to(setup.device) for name, tensor in saved["buffers"].items()},
@@ -94,7 +104,7 @@ def decode(setup: Setup, saved: Snapshot) -> TrialState:
         ),
         masks={name: mask(name, at) for name, at in index.items()},
         ever={name: mask(name, at) for name, at in saved["ever"].items()},
-        method=method_state,
+        method=method_state(trainer.begin(setup).method, saved, setup.device),
         **saved["counts"],
     )
 

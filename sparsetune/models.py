@@ -185,13 +185,18 @@ def initial_params(
         bound = init_bound(layer.get_parameter("weight").shape)
         for name, parameter in layer.named_parameters(prefix=layer_name):
             drawn = uniform("init", name, parameter.numel())
-            params[name] = ((2 * drawn - 1) * bound).float().reshape(parameter.shape)
+            params[name] = initial_values(drawn, bound).reshape(parameter.shape)
     return params, {}
 
 
 def init_bound(weight_shape: torch.Size) -> float:
     """PyTorch's default for Linear and Conv2d: weight and bias in U(-bound, bound)."""
     return 1 / math.sqrt(math.prod(weight_shape[1:]))
+
+
+def initial_values(drawn: Tensor, bound: float) -> Tensor:
+    """float32 in U(-bound, bound) from uniform float64 in [0, 1)."""
+    return ((2 * drawn - 1) * bound).float()
 
 
 def _build_users(settings: ModelSettings, input_shape: Shape, num_classes: int) -> nn.Module:

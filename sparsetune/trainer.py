@@ -22,6 +22,7 @@ from sparsetune import data, models, optim
 from sparsetune.flops import forward_flops, trial_flops
 from sparsetune.methods import METHODS, Method, noise
 from sparsetune.methods.contract import (
+    Active,
     Layers,
     Shapes,
     UpdateSchedule,
@@ -199,19 +200,8 @@ def begin(setup: Setup) -> TrialState:
     params, buffers, masks = (
         {name: t.to(device) for name, t in tensors.items()} for tensors in (params, buffers, masks)
     )
-    targets = {
-        name: torch.tensor(num, dtype=torch.float64, device=device)
-        for name, num in setup.targets.items()
-    }
     zeros = {name: torch.zeros_like(params[name]) for name in masks}
-    state, extra = method.init(
-        activate(params, masks, zeros, zeros),
-        setup.sparse,
-        targets,
-        setup.hp,
-        seeded_noise(settings.seed, "init", device),
-        setup.variant,
-    )
+    state, extra = begin_method(setup, activate(params, masks, zeros, zeros))
     params |= extra
     if method.masks_of is not None:
         masks = method.masks_of(params)
@@ -228,6 +218,17 @@ def begin(setup: Setup) -> TrialState:
         flops=0.0,
         diverged=False,
     )
+
+
+def begin_method(setup: Setup, values: dict[str, Active]) -> tuple[Any, Layers]:
+    """The method's own state before the first step, and the parameters that it adds."""
+    device = setup.device
+    targets = {
+        name: torch.tensor(num, dtype=torch.float64, device=device)
+        for name, num in setup.targets.items()
+    }
+    seeded = seeded_noise(setup.settings.seed, "init", device)
+    return setup.method.init(values, setup.sparse, targets, setup.hp, seeded, setup.variant)
 
 
 def _copied(state: TrialState) -> TrialState:
@@ -413,7 +414,7 @@ def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
     metrics = {"epoch": state.epoch, "train/loss": float(losses) / num}
     metrics |= measure(setup, state, before.masks)
     metrics |= {"flops/train": step_flops, "flops/total": state.flops}
-    state = state._replace(diverged=_has_diverged(state, metrics))
+    state = state._replace(diverged=has_diverged(state.params, metrics))
     metrics["diverged"] = float(state.diverged)
     if setup.device.type == "cuda":
         torch.cuda.synchronize(setup.device)
@@ -421,10 +422,10 @@ def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
     return state, metrics
 
 
-def _has_diverged(state: TrialState, metrics: Metrics) -> bool:
+def has_diverged(params: Layers, metrics: Metrics) -> bool:
     # Validation may look finite (a ReLU turns NaN into 0 on some devices), so weights are asked.
     finite = all(math.isfinite(metrics[k]) for k in ("train/loss", "val/loss") if k in metrics)
-    return not (finite and all(bool(p.isfinite().all()) for p in state.params.values()))
+    return not (finite and all(bool(p.isfinite().all()) for p in params.values()))
 
 
 def epoch_flops(setup: Setup, active: Tensor, updates: int) -> float:

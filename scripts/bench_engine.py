@@ -1,0 +1,180 @@
+"""Trials trained together against trials trained one by one: trial-epochs per second, interleaved.
+
+`python scripts/bench_engine.py [--data FOLDER] [--slots 16 32] [--density 0.1 0.05 0.02]
+[--groups 1] [--method set] [--repeats 5] [--limit 0] [--device cuda]`: LeNet-300-100 on MNIST
+(FOLDER holds its parquet files; without it random images of that shape), batch 128, SGD with
+momentum and weight decay, another learning rate in each slot.
+
+Two processes of one thread each, which stand for the two cores of a small machine, train whole
+epochs at the same time, with topology updates and validation: first a solo trial each
+(`trainer.train_epoch`), then, in turn, a pool of each backend with so many slots each. The ratio is
+that of trial-epochs per second within one repeat; its median and range are printed. Needs torch
+and this repository alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+
+from sparsetune import data, trainer
+from sparsetune.engine.csr import Csr
+from sparsetune.engine.solo import Solo
+from sparsetune.memory import keep_freed_memory
+from sparsetune.settings import DataSettings, ModelSettings, OptimizerSettings, TrialSettings
+
+BACKENDS: dict[str, Callable[[int], Any]] = {"solo": Solo, "csr": Csr}
+AIM = {("csr", 0.1): (3.5, 4.5), ("csr", 0.05): (5.5, 7.0), ("csr", 0.02): (9.0, 12.0)}
+
+
+class Variant(NamedTuple):
+    backend: str
+    slots: int
+    density: float
+
+
+def dataset(options: argparse.Namespace) -> data.Dataset:
+    if options.data:
+        settings = DataSettings(name="mnist", path=options.data, limit=options.limit)
+        return data.load(settings)
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.limit or 60_000, 1, 28, 28)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, shape[:1], generator=generator)
+    mean, deviation = torch.tensor([0.5]), torch.tensor([0.29])
+    return data.Dataset("random", data.Arrays(images, labels), 10, mean, deviation, "")
+
+
+def filled(variant: Variant, options: argparse.Namespace, source: data.Dataset) -> Any:
+    """The backend with all slots taken; a trial's order seed says which group it is in."""
+    backend = BACKENDS[variant.backend](variant.slots)
+    for slot in range(variant.slots):
+        settings = TrialSettings(
+            method=options.method,
+            density=variant.density,
+            epochs=10**4,
+            order_seed=slot % options.groups,
+            model=ModelSettings(name="lenet300100"),
+            optimizer=OptimizerSettings(lr=0.05 + 0.001 * slot),
+        )
+        backend.attach(slot, trainer.prepare(settings, torch.device(options.device), source), None)
+    return backend
+
+
+def serve(connection: Connection, options: argparse.Namespace) -> None:
+    """A process that trains one epoch of the variant it is asked for, and says how long it took."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    source = dataset(options)
+    pools: dict[Variant, Any] = {}
+    while (variant := connection.recv()) is not None:
+        if variant not in pools:
+            pools[variant] = filled(variant, options, source)
+            pools[variant].advance()  # warms up
+        connection.send("ready")
+        connection.recv()
+        began = time.perf_counter()
+        pools[variant].advance()
+        connection.send(time.perf_counter() - began)
+
+
+def trial_epochs_per_second(connections: list[Connection], variant: Variant) -> float:
+    for connection in connections:
+        connection.send(variant)
+    for connection in connections:
+        connection.recv()
+    for connection in connections:
+        connection.send("go")
+    return sum(variant.slots / connection.recv() for connection in connections)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="", help="folder of MNIST's parquet files")
+    parser.add_argument("--backends", nargs="+", default=["csr"], choices=[*BACKENDS])
+    parser.add_argument("--slots", nargs="+", type=int, default=[16, 32], help="of each process")
+    parser.add_argument("--density", nargs="+", type=float, default=[0.1, 0.05, 0.02])
+    parser.add_argument("--groups", type=int, default=1, help="orders of batches in a pool")
+    parser.add_argument("--method", default="set")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--limit", type=int, default=0, help="training images; 0: all")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+
+    context = multiprocessing.get_context("spawn")
+    connections, processes = [], []
+    for _ in range(options.processes):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, options), daemon=True))
+        processes[-1].start()
+        connections.append(ours)
+    rates: dict[Variant, list[float]] = {}
+    ratios: dict[Variant, list[float]] = {}
+    for _ in range(options.repeats):
+        for density in options.density:
+            solo = Variant("solo", 1, density)
+            packed = [
+                Variant(b, slots, density) for b in options.backends for slots in options.slots
+            ]
+            base = trial_epochs_per_second(connections, solo)
+            rates.setdefault(solo, []).append(base)
+            for variant in packed:
+                rate = trial_epochs_per_second(connections, variant)
+                # The machine's speed drifts: solo before and after.
+                after = trial_epochs_per_second(connections, solo)
+                ratios.setdefault(variant, []).append(rate / ((base + after) / 2))
+                rates.setdefault(variant, []).append(rate)
+                base = after
+    for connection, process in zip(connections, processes, strict=True):
+        connection.send(None)
+        process.join()
+
+    images = f"{options.limit or 60_000} images{'' if options.data else ' (random)'}"
+    where = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor()
+    print(f"{where}, {os.cpu_count()} cores; torch {torch.__version__}")
+    print(
+        f"LeNet-300-100, {images} less a tenth held out, batch 128, {options.method}; "
+        f"{options.processes} processes of 1 thread, {options.groups} group(s) of batches; "
+        f"median of {options.repeats} repeats"
+    )
+    print(
+        f"{'backend':8} {'slots':>5} {'density':>7} {'trial-epochs/s':>14} {'ratio':>6} "
+        f"{'range':>13} {'at least':>8} {'aim':>5}"
+    )
+    for variant in sorted(rates, key=lambda v: (-v.density, v.slots)):
+        line = (
+            f"{variant.backend:8} {variant.slots:5} {variant.density:7g} "
+            f"{statistics.median(rates[variant]):14.2f}"
+        )
+        if variant in ratios:
+            found = ratios[variant]
+            least, aim = AIM.get((variant.backend, variant.density), ("-", "-"))
+            line += (
+                f" {statistics.median(found):6.2f} {min(found):6.2f}-{max(found):6.2f} "
+                f"{least:>8} {aim:>5}"
+            )
+        print(line)
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
