@@ -20,6 +20,7 @@ from sparsetune.search.study import SearchMember
 from sparsetune.trial import sweep_trial, trial_key
 from sparsetune.watch import Watch
 
+PROCESSES = 40  # of trials and engines that one machine may well have
 ANSWER_SECONDS = 5.0  # how long a cluster's head may take to answer
 QUIET = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the journal is the truth; a snapshot costs 13 ms
@@ -73,8 +74,9 @@ class Fleet:
 def start_engines(settings: SweepSettings, default_slots: int, trials: int) -> Fleet:
     """Engines on the GPUs of the cluster, or on its CPU cores where it has none.
 
-    As many engines and slots as there is room for, but no more than `trials` need. ClusterError
-    where a node cannot hold one.
+    As many engines and slots as there is room for, but not more than half of the `trials` at a
+    time, unless `concurrency` says so: the other half is what the first one teaches. ClusterError
+    where a node cannot hold an engine.
     """
     import ray
 
@@ -85,7 +87,8 @@ def start_engines(settings: SweepSettings, default_slots: int, trials: int) -> F
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = 0 if settings.device == "cpu" else int(sum(has.get("GPU", 0) for has in nodes))
     room = gpus or sum(int(has.get("CPU", 0)) // threads for has in nodes)
-    wanted = min(room, settings.concurrency or room, max(1, trials))
+    at_once = settings.concurrency or -(-trials // 2)
+    wanted = max(1, min(room, at_once))
     num = resources.engines or wanted
     if not 0 < num <= room:
         raise ClusterError(
@@ -93,15 +96,19 @@ def start_engines(settings: SweepSettings, default_slots: int, trials: int) -> F
             f"has ({len(nodes)} nodes, {gpus} GPUs, room for {room}); give resources.engines=N, "
             "resources.threads_per_engine=N"
         )
-    slots = resources.slots or default_slots
-    slots = min(slots, -(-(settings.concurrency or slots * num) // num), -(-max(1, trials) // num))
+    slots = max(1, min(resources.slots or default_slots, -(-at_once // num)))
     actor = ray.remote(Engine)
     actors = {}
     for number in range(num):
         options = {"name": f"engine-{number}", "num_cpus": threads, "max_restarts": -1}
         options |= {"num_gpus": 1} if gpus else {}
         actors[f"engine-{number}"] = actor.options(**options).remote(
-            settings.device, settings.engine, slots, threads, str(Path.cwd())
+            settings.device,
+            settings.engine,
+            slots,
+            threads,
+            0.8 if gpus else 0.8 * len(nodes) / num,
+            str(Path.cwd()),
         )
     return Fleet(actors, slots)
 
@@ -115,6 +122,9 @@ def tune_all(
 ) -> None:
     """All open and new trials of all members in one Tuner."""
     os.environ.update(QUIET)
+    # Ray prints a warning at four times as many processes as it starts at once.
+    at_once = max(os.cpu_count() or 1, PROCESSES // 4)
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(at_once))
     import ray
     from ray import tune
 

@@ -23,6 +23,7 @@ import torch
 
 from sparsetune import config, data, models, space
 from sparsetune.config import DIRECTIONS, SweepSettings
+from sparsetune.engine.pool import Choice, choose
 from sparsetune.imports import suggestion
 from sparsetune.methods import METHODS, Method
 from sparsetune.methods.contract import make_hyperparameters, make_variant
@@ -429,7 +430,10 @@ def _check_members(members: list[Member]) -> None:
             dataset = datasets.get(repr(settings.data)) or data.load(settings.data)
             datasets[repr(settings.data)] = dataset
             for params, fixed in _corners(member):
-                _check_trial(member.trial_settings(params, fixed), dataset)
+                trial = member.trial_settings(params, fixed)
+                _check_trial(trial, dataset)
+                if settings.engine not in ("auto", "solo"):
+                    engine_choice(member, trial)
             _check_constraint(member, dataset)
         except ValueError as error:
             raise ValueError(f"{error} [{member.name}]") from error
@@ -459,6 +463,16 @@ def _check_constraint(member: Member, dataset: data.Dataset) -> None:
             )
 
 
+def engine_choice(member: Member, settings: TrialSettings | None = None) -> Choice:
+    """What `engine` comes to on this machine, for these settings or those all trials share.
+
+    ValueError where the engine that was asked for cannot train them.
+    """
+    device = choose_device("auto" if member.settings.ray.address else member.settings.device)
+    setup = prepare(settings or member.trial_settings({}, {}), device)
+    return choose(member.settings.engine, setup)
+
+
 def check_machine(settings: SweepSettings) -> None:
     """ValueError where engines need more than this machine has: they would wait for ever."""
     check_device(settings.device)
@@ -481,7 +495,7 @@ def _corners(member: Member) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
     for _, params, fixed, _ in member.space.points():
         yield params, fixed
     for key, dimension in member.space.search.items():
-        if key == "density" or key.startswith("model."):
+        if key == "density" or key.startswith(("model.", "variant.")):
             for value in dimension.extremes():
                 yield {key: value}, {}
 

@@ -19,18 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsetune import config, trainer
+from sparsetune import config
 from sparsetune.alone import epochs
 from sparsetune.cluster import check_address, tune_all
 from sparsetune.data import load as load_data
-from sparsetune.engine.pool import Choice, choose
-from sparsetune.member import Member, Sweep, check_machine
+from sparsetune.engine.pool import Choice
+from sparsetune.member import Member, Sweep, check_machine, engine_choice
 from sparsetune.progress import Progress
 from sparsetune.search.journal import Journal, SweepLock, Trial
 from sparsetune.search.study import MemberSearch, SearchMember
 from sparsetune.status import is_done, member_folders, print_result
 from sparsetune.tracking import Tracker
-from sparsetune.trainer import choose_device
 from sparsetune.trial import trial_folder, write_error
 from sparsetune.watch import Watch
 
@@ -263,21 +262,19 @@ def run(members: list[OpenMember]) -> int:
         elif not _all_done(members):
             sweep = Sweep("", Path(), [one.member for one in members])
             searches = [search_member(one) for one in members]
-            tune_all(searches, sweep.settings, sweep.scheduling, _slots(members), watch)
+            slots = max(engine.slots for engine in _engines(members))
+            tune_all(searches, sweep.settings, sweep.scheduling, slots, watch)
     recording.send()
     return _close(folder, members, recording)
 
 
-def _slots(members: list[OpenMember]) -> int:
-    """Places that the engines of these members should have."""
-    return max(_choice(one).slots for one in members)
-
-
-def _choice(one: OpenMember) -> Choice:
-    """What `engine` comes to for the member's trials, on this machine."""
-    settings = one.member.settings
-    setup = trainer.prepare(one.member.trial_settings({}, {}), choose_device(settings.device))
-    return choose(settings.engine, setup)
+def _engines(members: list[OpenMember]) -> list[Choice]:
+    """Of each member, and a line for each that differs."""
+    choices = [engine_choice(one.member) for one in members]
+    for choice in dict.fromkeys(choices):
+        names = [o.member.name for o, c in zip(members, choices, strict=True) if c == choice]
+        print(f"Engine for {', '.join(names)}: {choice.name} ({choice.reason}).", file=sys.stderr)
+    return choices
 
 
 def _all_done(members: list[OpenMember]) -> bool:

@@ -54,7 +54,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def engine(folder: Path, slots: int = 4) -> Any:
     options = {"num_cpus": 0, "max_restarts": -1}
-    return ray.remote(actor.Engine).options(**options).remote("cpu", "solo", slots, 1, str(folder))
+    return (
+        ray.remote(actor.Engine)
+        .options(**options)
+        .remote("cpu", "solo", slots, 1, 0.5, str(folder))
+    )
 
 
 def config(epochs: int = EPOCHS, lr: float = 0.1, model: ModelSettings | None = None) -> Any:

@@ -57,11 +57,11 @@ def test_a_pool_refuses_what_does_not_fit() -> None:
 
 def test_a_trial_moves_between_pools() -> None:
     trial = settings("set")
-    first, second = Pool(2, "cpu"), Pool(1, "cpu")
+    first, second = Pool(2, "cpu", "solo"), Pool(1, "cpu", "solo")
     first.attach("a", trial)
     first.advance()
     second.attach("other name", trial, first.snapshot("a"))
-    third = Pool(1, "cpu")
+    third = Pool(1, "cpu", "solo")
     third.attach("a", trial, first.state("a"))
     moved = second.advance()["other name"]
     assert without_time([moved]) == without_time([third.advance()["a"]])

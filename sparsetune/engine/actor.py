@@ -71,12 +71,15 @@ class Place:
 class Engine:
     """The actor. Its coroutines look at and change `_places` alone; the thread owns the rest."""
 
-    def __init__(self, device: str, engine: str, slots: int, threads: int, path: str) -> None:
-        """`path` is the folder where users' modules are found."""
+    def __init__(
+        self, device: str, engine: str, slots: int, threads: int, share: float, path: str
+    ) -> None:
+        """`share` of the device's free memory is this engine's; `path` is the folder where users'
+        modules are found."""
         sys.path.append(path)
         torch.set_num_threads(threads)
         keep_freed_memory()
-        self._device, self._engine, self._slots = device, engine, slots
+        self._device, self._engine, self._slots, self._share = device, engine, slots, share
         self._places: dict[str, Place] = {}
         self._inside: dict[str, Place] = {}  # in a pool
         self._pools: dict[str, Pool] = {}
@@ -178,7 +181,7 @@ class Engine:
     def _pool_of(self, place: Place) -> Pool:
         shared = structure(place.settings)
         if shared not in self._pools:
-            self._pools[shared] = Pool(self._slots, self._device, self._engine)
+            self._pools[shared] = Pool(self._slots, self._device, self._engine, self._share)
         return self._pools[shared]
 
     def _take_out(self, place: Place) -> None:

@@ -8,11 +8,16 @@ as a `Snapshot`, so it may go on in another slot, backend or process.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
 from typing import NamedTuple, Protocol
+
+import torch
 
 from sparsetune import checkpoint, data, trainer
 from sparsetune.checkpoint import Snapshot
+from sparsetune.engine import csr
 from sparsetune.engine.solo import Solo
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.trainer import Metrics, Setup, TrialState
@@ -41,11 +46,53 @@ class Choice(NamedTuple):
     reason: str  # one line for people
 
 
+# At this density of the sparse layers csr is as fast as solo on a CPU (scripts/bench_engine.py);
+# on a GPU dense tensors are faster at any density that is trained.
+CSR_DENSITY = 0.25
+# Parameter, two moments, gradient in float32 and positions: what a value costs at most, in bytes.
+CSR_BYTES, DENSE_BYTES = 60, 24
+
+
 def choose(engine: str, setup: Setup) -> Choice:
     """The backend for trials like this one; ValueError where the one asked for cannot train it."""
-    if engine in ("auto", "solo"):
-        return Choice("solo", Solo, 1, "the plain trainer, one trial after another")
-    raise ValueError(f"engine: '{engine}' is unknown; known: auto, solo")
+    why_not = {"solo": "", "csr": csr.unfit(setup)}
+    if engine not in ("auto", *why_not):
+        raise ValueError(f"engine: '{engine}' is unknown; known: auto, {', '.join(why_not)}")
+    if engine != "auto":
+        if why_not[engine]:
+            raise ValueError(f"engine: {engine} cannot train this: {why_not[engine]}; use auto")
+        return _choices()[engine]._replace(reason="asked for")
+    size = sum(shape.numel() for shape in setup.sparse.values())
+    density = sum(setup.targets.values()) / max(size, 1)
+    if not why_not["csr"] and setup.device.type == "cpu" and density <= CSR_DENSITY:
+        return _choices()["csr"]._replace(reason=f"sparse layers of density {density:.3g} on a CPU")
+    return _choices()["solo"]._replace(reason=why_not["csr"] or f"density {density:.3g}")
+
+
+def _choices() -> dict[str, Choice]:
+    return {
+        "solo": Choice("solo", Solo, 1, ""),
+        "csr": Choice("csr", csr.Csr, 16, ""),
+    }
+
+
+def slot_bytes(choice: Choice, setup: Setup) -> int:
+    """What a slot takes of the device's memory, about, activations left out."""
+    sparse = sum(shape.numel() for shape in setup.sparse.values())
+    dense = sum(p.numel() for p in setup.model.parameters()) - sparse
+    if choice.name == "csr":
+        return CSR_BYTES * (sum(setup.targets.values()) + dense)
+    return DENSE_BYTES * (sparse + dense)
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
+    except (OSError, IndexError):  # no Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def structure(settings: TrialSettings) -> str:
@@ -57,10 +104,14 @@ def structure(settings: TrialSettings) -> str:
 
 
 class Pool:
-    """`slots` places for trials of one structure, that of the first one attached."""
+    """`slots` places for trials of one structure, that of the first one attached; fewer where
+    `share` of the device's free memory does not hold as many."""
 
-    def __init__(self, slots: int, device: str = "auto", engine: str = "auto") -> None:
+    def __init__(
+        self, slots: int, device: str = "auto", engine: str = "auto", share: float = 0.8
+    ) -> None:
         self.slots = slots
+        self._share = share
         self.choice: Choice | None = None
         self._device = trainer.choose_device(device)
         self._engine = engine
@@ -95,6 +146,8 @@ class Pool:
         setup = trainer.prepare(settings, self._device, self._dataset)
         if self._backend is None:
             self.choice = choose(self._engine, setup)
+            room = self._share * free_bytes(self._device) / slot_bytes(self.choice, setup)
+            self.slots = max(1, min(self.slots, int(room)))
             self._backend = self.choice.make(self.slots)
             self._structure, self._dataset = structure(settings), setup.dataset
         taken = {slot for slot, _ in self._held.values()}
@@ -140,7 +193,7 @@ def train(
         pool = Pool(slots, device, engine)
         waiting = [n for n, settings in enumerate(trials) if structure(settings) == shared]
         while waiting or len(pool):
-            while waiting and len(pool) < slots:
+            while waiting and len(pool) < pool.slots:
                 pool.attach(waiting[0], trials[waiting[0]])
                 waiting.pop(0)
             for key, metrics in pool.advance().items():
