@@ -28,7 +28,7 @@ class Layer:
 
     def __init__(
         self,
-        index: csr_index.Stacked,
+        index: csr_index.Blocks,
         weight: Tensor,
         bias: Tensor,
         weight_grad: Tensor,
@@ -104,11 +104,11 @@ class Pack:
         self._layers, columns = [], len(groups) * next(iter(trials[0].shapes.values()))[1]
         self._input = torch.zeros(columns, self.width, device=self.device)
         for number, (name, shape) in enumerate(trials[0].shapes.items()):
-            blocks = range(len(trials)) if number else self._group_of
-            index = csr_index.stack(
+            block_of = range(len(trials)) if number else self._group_of
+            index = csr_index.blocks(
                 [trial.patterns[name] for trial in trials],
                 shape,
-                [block * shape[1] for block in blocks],
+                [block * shape[1] for block in block_of],
                 columns,
             )
             bias = name.removesuffix("weight") + "bias"
