@@ -174,15 +174,10 @@ class Pack:
     def optimize(self, lrs: list[float]) -> None:
         """One step of every trial with its learning rate; the gradients are used up."""
         names = len(self._segments) // len(self.trials)
+        steps = [trial.step for trial in self.trials]
+        numbers = csr_optim.Numbers(self._settings, self._decays, lrs * names, steps * names)
         csr_optim.apply_step(
-            self._settings,
-            self._vectors,
-            self._params,
-            self._grad,
-            (self._first, self._second),
-            self._decays,
-            lrs * names,
-            [trial.step for trial in self.trials] * names,
+            numbers, self._vectors, self._params, self._grad, self._first, self._second
         )
 
     def gradients_of(self, k: int) -> dict[str, Tensor]:
