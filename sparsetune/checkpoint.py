@@ -83,12 +83,17 @@ def method_state(fresh: Any, saved: Snapshot, device: torch.device) -> Any:
     return fresh and fresh._replace(**{k: t.to(device) for k, t in saved["method"].items()})
 
 
-def decode(setup: Setup, saved: Snapshot) -> TrialState:
-    """The state that `encode` was given, on the setup's device."""
+def check_format(saved: Snapshot) -> None:
+    """ValueError where it was written by a version with another form of snapshots."""
     if saved["format"] != FORMAT:
         raise ValueError(
             f"checkpoint format {saved['format']}; this version of sparsetune reads {FORMAT}"
         )
+
+
+def decode(setup: Setup, saved: Snapshot) -> TrialState:
+    """The state that `encode` was given, on the setup's device."""
+    check_format(saved)
 
     def mask(name: str, index: Tensor) -> Tensor:
         flat = torch.zeros(setup.sparse[name].numel(), dtype=torch.bool)

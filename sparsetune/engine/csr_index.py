@@ -53,7 +53,7 @@ def _ends(places: Tensor, num: int) -> Tensor:
     return torch.bincount(places, minlength=num).cumsum(0).int()
 
 
-class Stacked(NamedTuple):
+class Blocks(NamedTuple):
     """One layer of all slots as a block-diagonal matrix of `rows` x `columns`, int32 indices."""
 
     shape: tuple[int, int]
@@ -64,16 +64,16 @@ class Stacked(NamedTuple):
     rows: Tensor  # [n]
 
 
-def stack(
+def blocks(
     patterns: list[Pattern], shape: torch.Size, first_columns: list[int], columns: int
-) -> Stacked:
+) -> Blocks:
     """The slots' patterns of a layer of `shape`, slot k's first column at `first_columns[k]`."""
     begins = [0]
     for each in patterns:
         begins.append(begins[-1] + len(each.positions))
     zero = torch.zeros(1, dtype=torch.int32, device=patterns[0].positions.device)
     slots = range(len(patterns))
-    return Stacked(
+    return Blocks(
         (len(patterns) * shape[0], columns),
         torch.cat([zero, *(patterns[k].ends + begins[k] for k in slots)]),
         torch.cat([patterns[k].columns + first_columns[k] for k in slots]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,67 +34,65 @@ class Vectors:
         return made[1]
 
 
+class Numbers(NamedTuple):
+    """One entry for each segment; the optimizer's name and nesterov are the same for all."""
+
+    settings: list[OptimizerSettings]
+    decays: list[bool]  # does weight decay apply
+    lrs: list[float]
+    steps: list[int]  # counted from 1
+
+    def decay(self) -> list[float]:
+        pairs = zip(self.settings, self.decays, strict=True)
+        return [s.weight_decay if decays else 0.0 for s, decays in pairs]
+
+
 def apply_step(
-    settings: list[OptimizerSettings],
+    numbers: Numbers,
     vectors: Vectors,
     params: Tensor,
     grad: Tensor,
-    moments: tuple[Tensor, Tensor],
-    decays: list[bool],
-    lrs: list[float],
-    steps: list[int],
+    first: Tensor,
+    second: Tensor,
 ) -> None:
-    """One step of all values, changing params and moments in place; `grad` is used up.
+    """One step of all values, changing params and moments in place; `grad` is used up. `second` is
+    empty for SGD."""
+    if numbers.settings[0].name == "sgd":
+        _sgd(numbers, vectors, params, grad, first)
+    else:
+        _adamw(numbers, vectors, params, grad, first, second)
 
-    Lists have an entry for each segment; the optimizer's name and nesterov are the same for all.
-    """
-    decay = [s.weight_decay if d else 0.0 for s, d in zip(settings, decays, strict=True)]
-    apply = _sgd if settings[0].name == "sgd" else _adamw
-    apply(settings, vectors, params, grad, moments, decay, lrs, steps)
 
-
-def _sgd(
-    settings: list[OptimizerSettings],
-    vectors: Vectors,
-    params: Tensor,
-    grad: Tensor,
-    moments: tuple[Tensor, Tensor],
-    decay: list[float],
-    lrs: list[float],
-    steps: list[int],
-) -> None:
-    buffer, _ = moments
-    momentum = vectors("momentum", [s.momentum for s in settings])
-    down = vectors("down", [-lr for lr in lrs])
-    grad.addcmul_(params, vectors("decay", decay))
-    buffer.mul_(momentum).add_(grad)
-    if settings[0].nesterov:
+def _sgd(numbers: Numbers, vectors: Vectors, params: Tensor, grad: Tensor, buffer: Tensor) -> None:
+    momentum = [s.momentum for s in numbers.settings]
+    down = vectors("down", [-lr for lr in numbers.lrs])
+    grad.addcmul_(params, vectors("decay", numbers.decay()))
+    buffer.mul_(vectors("momentum", momentum)).add_(grad)
+    if numbers.settings[0].nesterov:
         params.addcmul_(grad, down)
         down = vectors(
-            "down further", [-lr * s.momentum for lr, s in zip(lrs, settings, strict=True)]
+            "further down", [-lr * m for lr, m in zip(numbers.lrs, momentum, strict=True)]
         )
     params.addcmul_(buffer, down)
 
 
 def _adamw(
-    settings: list[OptimizerSettings],
+    numbers: Numbers,
     vectors: Vectors,
     params: Tensor,
     grad: Tensor,
-    moments: tuple[Tensor, Tensor],
-    decay: list[float],
-    lrs: list[float],
-    steps: list[int],
+    first: Tensor,
+    second: Tensor,
 ) -> None:
-    first, second = moments
-    every = list(zip(settings, lrs, steps, strict=True))
-    params.mul_(vectors("decay", [1 - lr * d for lr, d in zip(lrs, decay, strict=True)]))
-    first.lerp_(grad, vectors("one less momentum", [1 - s.momentum for s in settings]))
+    settings = numbers.settings
+    shrink = [1 - lr * d for lr, d in zip(numbers.lrs, numbers.decay(), strict=True)]
+    params.mul_(vectors("shrink", shrink))
+    first.lerp_(grad, vectors("1 - beta1", [1 - s.momentum for s in settings]))
     second.mul_(vectors("beta2", [s.beta2 for s in settings]))
-    second.addcmul_(grad.square_(), vectors("one less beta2", [1 - s.beta2 for s in settings]))
-    correction = [math.sqrt(1 - s.beta2**step) for s, _, step in every]
-    down = [-lr / (1 - s.momentum**step) for s, lr, step in every]
-    denominator = (second.sqrt() / vectors("correction", correction)).add_(
-        vectors("eps", [s.eps for s in settings])
-    )
+    second.addcmul_(grad.square_(), vectors("1 - beta2", [1 - s.beta2 for s in settings]))
+    each = list(zip(settings, numbers.lrs, numbers.steps, strict=True))
+    down = [-lr / (1 - s.momentum**step) for s, lr, step in each]
+    correction = [math.sqrt(1 - s.beta2**step) for s, _, step in each]
+    denominator = second.sqrt().div_(vectors("correction", correction))
+    denominator.add_(vectors("eps", [s.eps for s in settings]))
     params.addcmul_(first / denominator, vectors("down", down))

@@ -28,7 +28,7 @@ class Layer:
 
     def __init__(
         self,
-        index: csr_index.Stacked,
+        index: csr_index.Blocks,
         weight: Tensor,
         bias: Tensor,
         weight_grad: Tensor,
@@ -104,11 +104,11 @@ class Pack:
         self._layers, columns = [], len(groups) * next(iter(trials[0].shapes.values()))[1]
         self._input = torch.zeros(columns, self.width, device=self.device)
         for number, (name, shape) in enumerate(trials[0].shapes.items()):
-            blocks = range(len(trials)) if number else self._group_of
-            index = csr_index.stack(
+            block_of = range(len(trials)) if number else self._group_of
+            index = csr_index.blocks(
                 [trial.patterns[name] for trial in trials],
                 shape,
-                [block * shape[1] for block in blocks],
+                [block * shape[1] for block in block_of],
                 columns,
             )
             bias = name.removesuffix("weight") + "bias"
@@ -174,15 +174,10 @@ class Pack:
     def optimize(self, lrs: list[float]) -> None:
         """One step of every trial with its learning rate; the gradients are used up."""
         names = len(self._segments) // len(self.trials)
+        steps = [trial.step for trial in self.trials]
+        numbers = csr_optim.Numbers(self._settings, self._decays, lrs * names, steps * names)
         csr_optim.apply_step(
-            self._settings,
-            self._vectors,
-            self._params,
-            self._grad,
-            (self._first, self._second),
-            self._decays,
-            lrs * names,
-            [trial.step for trial in self.trials] * names,
+            numbers, self._vectors, self._params, self._grad, self._first, self._second
         )
 
     def gradients_of(self, k: int) -> dict[str, Tensor]:

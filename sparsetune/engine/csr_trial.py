@@ -137,6 +137,7 @@ def _active(params: Layers, momenta: Layers, grads: Layers, index: Layers) -> di
 
 
 def restore(setup: Setup, start: Snapshot) -> Trial:
+    checkpoint.check_format(start)
     index = {name: at.to(setup.device) for name, at in start["index"].items()}
 
     def values(packed: dict[str, Any]) -> Layers:
@@ -237,13 +238,11 @@ def _grown(
     if growth.regrow_dropped:
         return lowest(index[keep], num)
     first = lowest(index, num)
-    # Absent weights are all used before any that was dropped just now, so these need no order
-    # between the two, and the kept ones are the only ones excluded.
     more = num - len(first)
     if more <= 0:
         return first
-    everything_but_dropped = csr_index.union(index[keep], first)
-    return csr_index.union(first, lowest(everything_but_dropped, more))
+    # `first` is all that was absent, so what is left are the weights dropped in this update.
+    return csr_index.union(first, lowest(csr_index.union(index[keep], first), more))
 
 
 def _regrow(
