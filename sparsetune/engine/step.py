@@ -1,0 +1,111 @@
+"""One training step of one trial as a function of tensors, which an engine compiles and lifts.
+
+The rule to know: it is `trainer.train_step` without its topology update, nothing is changed in
+place, and what may differ between the trials of a pool comes in as a tensor. So one text serves a
+slot alone, compiled, and under `torch.vmap` all slots of a GPU at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad_and_value
+
+from sparsetune import optim
+from sparsetune.methods.contract import Layers
+from sparsetune.trainer import Setup, TrialState, gates_of, num_active
+
+
+class Running(NamedTuple):
+    """What a step changes. `loss` (0-d, float64) is the sum over the epoch's steps so far, `active`
+    ([L], float64) that of the active weights where every step moves them. The gates are those of
+    the next step."""
+
+    params: Layers
+    buffers: Layers
+    first: Layers
+    second: Layers
+    gates: Layers
+    loss: Tensor
+    active: Tensor
+
+
+Step = Callable[[Running, Any, Any, Tensor, Tensor, Tensor], tuple[Running, Layers]]
+"""(running, method state, hp, `optim.step_numbers` float32, images float32 [B, c, h, w], labels [B])
+-> running after the step, and the loss's gradients at the weights of the forward pass."""
+
+
+def tensors(running: Running) -> list[Tensor]:
+    """All of them, in an order that depends on the structure alone."""
+    layers = (running.params, running.buffers, running.first, running.second, running.gates)
+    return [*(t for named in layers for t in named.values()), running.loss, running.active]
+
+
+def start(setup: Setup, state: TrialState) -> Running:
+    """The state as an epoch's first step takes it; tensors are shared with it."""
+    gates = gates_of(setup, state)
+    active = torch.zeros_like(num_active(setup, gates))
+    loss = torch.zeros((), dtype=torch.float64, device=setup.device)
+    return Running(state.params, state.buffers, *state.moments, gates, loss, active)
+
+
+def make(setup: Setup) -> Step:
+    """The step of all trials that share the structure of this one."""
+    method, variant, optimizer = setup.method, setup.variant, setup.settings.optimizer
+    model, names, moves = setup.model, setup.names, setup.moves_masks
+    masks_gradients, fixes_weights = setup.masks_gradients, setup.fixes_weights
+    half = setup.settings.train.precision == "bfloat16" and setup.device.type == "cuda"
+
+    def loss_of(
+        params: Layers, buffers: Layers, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Layers]:
+        # BatchNorm changes its buffers in place, which a transform allows for its own copies only.
+        buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        # The cache of weights cast to bfloat16 would outlive a captured step.
+        with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+            logits = functional_call(model, params | buffers, (images,))
+        return F.cross_entropy(logits.float(), labels), buffers
+
+    def step(
+        running: Running, state: Any, hp: Any, numbers: Tensor, images: Tensor, labels: Tensor
+    ) -> tuple[Running, Layers]:
+        params, gates = running.params, running.gates
+        used = method.sparsify(params, gates, state, hp, variant)
+        used = {name: used[name] for name in names}
+        raw, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(
+            used, running.buffers, images, labels
+        )
+        grads = raw
+        if method.pull_back is not None:
+            grads = method.pull_back(dict(raw), params, gates, hp, variant)
+        if masks_gradients:
+            grads = {k: g * gates[k] if k in gates else g for k, g in grads.items()}
+        params, first, second = dict(params), dict(running.first), dict(running.second)
+        for name, p in running.params.items():
+            params[name], first[name], moment = optim.stepped(
+                optimizer,
+                p,
+                grads[name],
+                first[name],
+                second.get(name),
+                method.decays(name, variant),
+                numbers,
+            )
+            if moment is not None:
+                second[name] = moment
+        if fixes_weights and not masks_gradients:
+            params |= {name: params[name] * gate for name, gate in gates.items()}
+        if method.after_step is not None:
+            changed, gates, reset = method.after_step(params, state, hp, variant)
+            params |= changed
+            for moments in (first, second):
+                moments |= {k: moments[k].masked_fill(reset[k], 0) for k in reset if k in moments}
+        # Gates that no step moves are counted by whoever updates the topology.
+        active = running.active + num_active(setup, running.gates) if moves else running.active
+        return Running(params, buffers, first, second, gates, running.loss + loss, active), raw
+
+    return step
