@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -431,12 +432,12 @@ def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
 
 
 def end_epoch(
-    setup: Setup, before: TrialState, state: TrialState, loss: float, active: Tensor
+    setup: Setup, before: TrialState, state: TrialState, loss: float, active: Iterable[Tensor]
 ) -> tuple[TrialState, Metrics]:
     """What follows an epoch's last step: its state, and all of its metrics but `device_seconds`.
 
     `before` is where the epoch began (its masks and `updates` are read), `loss` the mean over its
-    steps, `active` that of the active weights [L].
+    steps, `active` that of the active weights of each sparse layer.
     """
     if setup.method.masks_of is not None:
         # Such masks move at every step and are looked at once an epoch: each look costs as much
@@ -463,8 +464,8 @@ def _has_diverged(state: TrialState, metrics: Metrics) -> bool:
     return not (finite and all(bool(p.isfinite().all()) for p in state.params.values()))
 
 
-def epoch_flops(setup: Setup, active: Tensor, updates: int) -> float:
-    """FLOPs per sample and step, the mean over an epoch with these mean active weights [L]."""
+def epoch_flops(setup: Setup, active: Iterable[Tensor], updates: int) -> float:
+    """FLOPs per sample and step, the mean over an epoch with these mean active weights per sparse layer."""
     density = {
         name: float(num) / shape.numel()
         for (name, shape), num in zip(setup.sparse.items(), active, strict=True)

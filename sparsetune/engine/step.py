@@ -17,21 +17,20 @@ from torch.func import functional_call, grad_and_value
 
 from sparsetune import optim
 from sparsetune.methods.contract import Layers
-from sparsetune.trainer import Setup, TrialState, gates_of, num_active
+from sparsetune.trainer import Setup, num_active
 
 
 class Running(NamedTuple):
-    """What a step changes. `loss` (0-d, float64) is the sum over the epoch's steps so far, `active`
-    ([L], float64) that of the active weights where every step moves them. The gates are those of
-    the next step."""
+    """What a step changes. The gates are those of the next step."""
 
     params: Layers
     buffers: Layers
     first: Layers
     second: Layers
     gates: Layers
-    loss: Tensor
-    active: Tensor
+    sums: Tensor
+    """[1 + L] float64, over the epoch's steps so far: the loss, and the active weights of each layer
+    where every step moves them. No 0-d tensor: Inductor loses changes to float64 ones on a CPU."""
 
 
 Step = Callable[[Running, Any, Any, Tensor, Tensor, Tensor], tuple[Running, Layers]]
@@ -42,15 +41,7 @@ Step = Callable[[Running, Any, Any, Tensor, Tensor, Tensor], tuple[Running, Laye
 def tensors(running: Running) -> list[Tensor]:
     """All of them, in an order that depends on the structure alone."""
     layers = (running.params, running.buffers, running.first, running.second, running.gates)
-    return [*(t for named in layers for t in named.values()), running.loss, running.active]
-
-
-def start(setup: Setup, state: TrialState) -> Running:
-    """The state as an epoch's first step takes it; tensors are shared with it."""
-    gates = gates_of(setup, state)
-    active = torch.zeros_like(num_active(setup, gates))
-    loss = torch.zeros((), dtype=torch.float64, device=setup.device)
-    return Running(state.params, state.buffers, *state.moments, gates, loss, active)
+    return [*(t for named in layers for t in named.values()), running.sums]
 
 
 def make(setup: Setup) -> Step:
@@ -105,7 +96,8 @@ def make(setup: Setup) -> Step:
             for moments in (first, second):
                 moments |= {k: moments[k].masked_fill(reset[k], 0) for k in reset if k in moments}
         # Gates that no step moves are counted by whoever updates the topology.
-        active = running.active + num_active(setup, running.gates) if moves else running.active
-        return Running(params, buffers, first, second, gates, running.loss + loss, active), raw
+        active = num_active(setup, running.gates) if moves else torch.zeros_like(running.sums[1:])
+        sums = running.sums + torch.cat([loss.to(torch.float64)[None], active])
+        return Running(params, buffers, first, second, gates, sums), raw
 
     return step

@@ -37,8 +37,7 @@ class Run:
         self.state = slot.state
         self.gates = trainer.gates_of(*slot)
         self.active = trainer.num_active(self.setup, self.gates)
-        self.active_sum = torch.zeros_like(self.active)
-        self.losses = torch.zeros((), dtype=torch.float64, device=self.setup.device)
+        self.sums = torch.zeros(1 + len(self.active), dtype=torch.float64)  # see `step.Running`
         self.compiled = compiled
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(noise.key(self.setup.settings.seed, "forward", self.state.epoch))
@@ -57,12 +56,12 @@ class Run:
         if self.compiled is not None and not trainer.is_due(self.setup, self.state.step + 1):
             self._compiled_step(images, labels)
             return
-        self.active_sum += self.active
+        self.sums[1:] += self.active
         held = self.gates
         self.state, self.gates, loss = trainer.train_step(
             self.setup, self.state, self.gates, images, labels
         )
-        self.losses += loss
+        self.sums[0] += loss
         if self.gates is not held:
             self.active = trainer.num_active(self.setup, self.gates)
 
@@ -70,7 +69,7 @@ class Run:
         assert self.compiled is not None
         settings, state = self.setup.settings, self.state
         if not self.setup.moves_masks:
-            self.active_sum += self.active
+            self.sums[1:] += self.active
         numbers = optim.step_numbers(
             settings.optimizer, settings.schedule, state.step + 1, self.setup.num_steps
         )
@@ -80,8 +79,7 @@ class Run:
                 state.buffers,
                 *state.moments,
                 self.gates,
-                self.losses,
-                self.active_sum,
+                self.sums,
             ),
             state.method,
             self.setup.hp,
@@ -92,10 +90,8 @@ class Run:
         self.state = state._replace(step=state.step + 1)
 
     def end(self) -> tuple[TrialState, Metrics]:
-        num = self.setup.steps_per_epoch
-        return trainer.end_epoch(
-            self.setup, self.before, self.state, float(self.losses) / num, self.active_sum / num
-        )
+        loss, *active = self.sums / self.setup.steps_per_epoch
+        return trainer.end_epoch(self.setup, self.before, self.state, float(loss), active)
         
 
 class Turns:
