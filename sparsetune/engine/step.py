@@ -7,6 +7,7 @@ slot alone, compiled, and under `torch.vmap` all slots of a GPU at once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
 from sparsetune import optim
+from sparsetune.engine import linear
 from sparsetune.methods.contract import Layers
 from sparsetune.trainer import Setup, num_active
 
@@ -44,6 +46,11 @@ def tensors(running: Running) -> list[Tensor]:
     return [*(t for named in layers for t in named.values()), running.sums]
 
 
+def hyperparameters(setup: Setup) -> Any:
+    """As the step takes them: a tree of tensors, which an object without any is not."""
+    return setup.hp if dataclasses.fields(setup.hp) else ()
+
+
 def make(setup: Setup) -> Step:
     """The step of all trials that share the structure of this one."""
     method, variant, optimizer = setup.method, setup.variant, setup.settings.optimizer
@@ -61,15 +68,28 @@ def make(setup: Setup) -> Step:
             logits = functional_call(model, params | buffers, (images,))
         return F.cross_entropy(logits.float(), labels), buffers
 
+    def gradients(
+        used: Layers, buffers: Layers, images: Tensor | linear.Columns, labels: Tensor
+    ) -> tuple[Layers, Tensor, Layers]:
+        if isinstance(images, linear.Columns):
+            return *linear.gradients(used, images, labels), buffers
+        grads, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(
+            used, buffers, images, labels
+        )
+        return grads, loss, buffers
+
     def step(
-        running: Running, state: Any, hp: Any, numbers: Tensor, images: Tensor, labels: Tensor
+        running: Running,
+        state: Any,
+        hp: Any,
+        numbers: Tensor,
+        images: Tensor | linear.Columns,
+        labels: Tensor,
     ) -> tuple[Running, Layers]:
         params, gates = running.params, running.gates
         used = method.sparsify(params, gates, state, hp, variant)
         used = {name: used[name] for name in names}
-        raw, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(
-            used, running.buffers, images, labels
-        )
+        raw, loss, buffers = gradients(used, running.buffers, images, labels)
         grads = raw
         if method.pull_back is not None:
             grads = method.pull_back(dict(raw), params, gates, hp, variant)
