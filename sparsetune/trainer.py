@@ -252,7 +252,7 @@ def _logits(setup: Setup, params: Layers, buffers: Layers, images: Tensor) -> Te
     return logits.float()
 
 
-def _topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialState:
+def topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialState:
     """The state after one prune-and-grow event, with the batch's dense gradients."""
     momenta = optim.momentum_of(setup.settings.optimizer, state.moments)
     changed, masks, reset, method_state = update_alone(
@@ -341,7 +341,7 @@ def train_step(
                 state.params[name].copy_(value)
             _reset(state.moments, reset)
         if due:
-            state = _topology_update(setup, state, dense)
+            state = topology_update(setup, state, dense)
             gates = gates_of(setup, state)
     return state, gates, loss.detach()
 

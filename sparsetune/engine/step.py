@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
-from sparsetune import optim
+from sparsetune import models, optim
 from sparsetune.engine import linear
 from sparsetune.methods.contract import Layers
 from sparsetune.trainer import Setup, num_active
@@ -121,3 +123,36 @@ def make(setup: Setup) -> Step:
         return Running(params, buffers, first, second, gates, sums), raw
 
     return step
+
+
+def compiled(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+    """`function` of trees of tensors of the shapes in `args`, compiled whole.
+
+    Not by torch.compile, which would look at every call for what cannot differ in a pool (a tenth
+    of a small network's step), and refuses a function after eight pools of different structure.
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    outer: list[pytree.TreeSpec] = []
+
+    def flat(*leaves: Tensor) -> list[Tensor]:
+        results, structure = pytree.tree_flatten(function(*pytree.tree_unflatten(leaves, spec)))
+        outer.append(structure)
+        return results
+
+    with torch.no_grad():
+        code = torch._inductor.compile(make_fx(flat, tracing_mode="fake")(*leaves), leaves)
+
+    def run(*args: Any) -> Any:
+        return pytree.tree_unflatten(code(*pytree.tree_leaves(args)), outer[0])
+
+    return run
+
+
+def draws(setup: Setup) -> bool:
+    """Does the network draw random numbers (dropout)? Compiled or lifted, they would be others."""
+    shape, num_classes = setup.dataset.input_shape, setup.dataset.num_classes
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = models.build(setup.settings.model, shape, num_classes)
+        before = torch.get_rng_state()
+        model(torch.zeros(2, *shape))
+        return not torch.equal(torch.get_rng_state(), before)

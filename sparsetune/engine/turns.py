@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from sparsetune import checkpoint, models, optim, trainer
+from sparsetune import checkpoint, optim, trainer
 from sparsetune.checkpoint import Snapshot
 from sparsetune.engine import linear, step
 from sparsetune.methods import noise
@@ -40,11 +39,7 @@ class Slot(NamedTuple):
 
 
 class Compiled:
-    """The step of a pool's trials, compiled whole when it is first called.
-
-    Not by torch.compile, which would look at every call for what cannot differ in a pool (a tenth
-    of a small network's step), and refuses a function after eight pools of different structure.
-    """
+    """The step of a pool's trials, compiled whole when it is first called."""
 
     def __init__(self, setup: Setup) -> None:
         self._pure = step.make(setup)
@@ -53,31 +48,22 @@ class Compiled:
 
     def laid_out(self, tensors: Layers) -> Layers:
         """The tensors with the layout that the step is fastest with."""
-        first = next(iter(tensors), "")
         return linear.laid_out(tensors, "fc1.weight") if self.columns else tensors
 
     @torch.no_grad()
     def __call__(self, fixed: Fixed, numbers: Tensor, batch: Batch) -> None:
         """One step, in place."""
-        images = batch.columns if self.columns else batch.images
-        varying = (numbers, images, batch.labels)
-        leaves = [*fixed.leaves, *pytree.tree_leaves(varying)]
+        varying = (numbers, batch.columns if self.columns else batch.images, batch.labels)
         if self._code is None:
-            spec = pytree.tree_structure((*fixed.args, *varying))
-            graph = make_fx(self._in_place(spec), tracing_mode="fake")(*leaves)
-            self._code = torch._inductor.compile(graph, leaves)
-        self._code(*leaves)
+            self._code = step.compiled(self._in_place, (*fixed.args, *varying))
+        self._code(fixed.leaves, varying)
 
-    def _in_place(self, spec: pytree.TreeSpec) -> Callable[..., tuple[()]]:
-        def run(*leaves: Tensor) -> tuple[()]:
-            running, *rest = pytree.tree_unflatten(leaves, spec)
-            after, _ = self._pure(running, *rest)
-            for old, new in zip(step.tensors(running), step.tensors(after), strict=True):
-                if new is not old:
-                    old.copy_(new)
-            return ()
-
-        return run
+    def _in_place(self, running: step.Running, *rest: Any) -> tuple[()]:
+        after, _ = self._pure(running, *rest)
+        for old, new in zip(step.tensors(running), step.tensors(after), strict=True):
+            if new is not old:
+                old.copy_(new)
+        return ()
 
 
 class Fixed:
@@ -161,7 +147,7 @@ class Turns:
         self._slots: dict[int, Slot] = {}
 
     def attach(self, slot: int, setup: Setup, start: Snapshot | None) -> None:
-        if self._compiles and self._compiled is None and not draws(setup):
+        if self._compiles and self._compiled is None and not step.draws(setup):
             self._compiled = Compiled(setup)
         state = trainer.begin(setup) if start is None else checkpoint.decode(setup, start)
         state = trainer.copied(state)
@@ -205,13 +191,3 @@ class Turns:
 
     def detach(self, slot: int) -> None:
         del self._slots[slot]
-
-
-def draws(setup: Setup) -> bool:
-    """Does the network draw random numbers (dropout)? Compiled, they would be others."""
-    shape, num_classes = setup.dataset.input_shape, setup.dataset.num_classes
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = models.build(setup.settings.model, shape, num_classes)
-        before = torch.get_rng_state()
-        model(torch.zeros(2, *shape))
-        return not torch.equal(torch.get_rng_state(), before)
