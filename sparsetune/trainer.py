@@ -465,7 +465,7 @@ def _has_diverged(state: TrialState, metrics: Metrics) -> bool:
 
 
 def epoch_flops(setup: Setup, active: Iterable[Tensor], updates: int) -> float:
-    """FLOPs per sample and step, the mean over an epoch with these mean active weights per sparse layer."""
+    """FLOPs per sample and step, given the epoch's mean active weights of each sparse layer."""
     density = {
         name: float(num) / shape.numel()
         for (name, shape), num in zip(setup.sparse.items(), active, strict=True)

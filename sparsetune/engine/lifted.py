@@ -21,7 +21,7 @@ from sparsetune import checkpoint, data, optim, trainer
 from sparsetune.checkpoint import Snapshot
 from sparsetune.engine import step
 from sparsetune.methods.contract import Layers
-from sparsetune.methods.update import Keys, lifted_update, update_alone, update_keys
+from sparsetune.methods.update import Keys, lifted_update, update_keys
 from sparsetune.trainer import Metrics, Setup, TrialState
 
 SMALLEST = 8
@@ -64,7 +64,7 @@ class Lifted:
         began = time.perf_counter()
         self._stack.begin_epoch(self._held)
         now = {slot: held.state for slot, held in self._held.items()}
-        for number in range(next(iter(self._held.values())).setup.steps_per_epoch):
+        for _ in range(next(iter(self._held.values())).setup.steps_per_epoch):
             self._stack.advance()
             now = {slot: state._replace(step=state.step + 1) for slot, state in now.items()}
             due = [s for s, held in self._held.items() if trainer.is_due(held.setup, now[s].step)]
@@ -94,6 +94,12 @@ class Lifted:
 
     def detach(self, slot: int) -> None:
         del self._held[slot]
+
+    def try_step(self) -> None:
+        """One step that is thrown away; raises what torch.vmap has against the network."""
+        assert self._stack is not None
+        self._stack.begin_epoch(self._held)
+        self._stack.step()
 
     def _update_alone(self, due: dict[int, Held]) -> None:
         assert self._stack is not None
@@ -184,8 +190,7 @@ class Stack:
         self._step_number = torch.zeros(1, dtype=torch.int64, device=setup.device)
         self._offsets: data.Offsets | None = None
         self.raw: Layers = {}
-        self._call = step.make(setup)
-        self._lifted: Callable[..., Any] = torch.vmap(self._call)
+        self._lifted: Callable[..., Any] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -208,7 +213,9 @@ class Stack:
             for name, tensor in theirs.items():
                 stacked[name][slot].copy_(tensor)
 
-    def take(self, chosen: Tensor, params: Layers, masks: Layers, reset: Layers, state: Any) -> None:
+    def take(
+        self, chosen: Tensor, params: Layers, masks: Layers, reset: Layers, state: Any
+    ) -> None:
         """The outcome of an update, for the slots that are `chosen` [K]."""
 
         def these(tensor: Tensor) -> Tensor:
@@ -291,7 +298,10 @@ class Stack:
         if given is None:
             return
         table = data.Offsets(
-            *(torch.cat(fields) for fields in zip(*(each or given for each in offsets), strict=True))
+            *(
+                torch.cat(fields)
+                for fields in zip(*(each or given for each in offsets), strict=True)
+            )
         )
         if self._offsets is None:
             self._offsets = table
@@ -301,7 +311,7 @@ class Stack:
     def advance(self) -> None:
         """One step of all slots."""
         if self._setup.device.type != "cuda":
-            self._step()
+            self.step()
             return
         if self._graph is None:
             self._graph = self._captured()
@@ -313,24 +323,27 @@ class Stack:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self._step()
+                self.step()
         torch.cuda.current_stream().wait_stream(side)
         tensors = [*step.tensors(self.running), self._step_number]
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._step()
+            self.step()
         return graph
 
     @torch.no_grad()
-    def _step(self) -> None:
+    def step(self) -> None:
+        """The same, launched operation by operation."""
         self._setup.model.train()
         places = self._places.index_select(0, self._step_number)[0]
         numbers = self._numbers.index_select(0, self._step_number)[0]
         args = (self.running, self.method, self.hp, numbers, *self._inputs(places))
-        if self._compiles:
-            self._lifted, self._compiles = step.compiled(self._lifted, args), False
+        if self._lifted is None:
+            self._lifted = self._chosen(args)
+            if self._compiles:
+                self._lifted = step.compiled(self._lifted, args)
         after, self.raw = self._lifted(*args)
         if not self._setup.moves_masks:
             after.sums[:, 1:] += self._active
@@ -338,6 +351,30 @@ class Stack:
             if new is not old:
                 old.copy_(new)
         self._step_number += 1
+
+    def _chosen(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """The step of all slots. Lifted convolutions are grouped ones, which on a GPU may be slower
+        than the slots' own one after another: the faster of both, once for all epochs."""
+        alone = step.make(self._setup)
+        ways: list[Callable[..., Any]] = [torch.vmap(alone), torch.vmap(alone, chunk_size=1)]
+        if self._setup.device.type != "cuda" or not self._convolves:
+            return ways[0]
+        seconds = []
+        for way in ways:
+            for _ in range(WARM_UP):
+                way(*args)
+            torch.cuda.synchronize(self._setup.device)
+            began = time.perf_counter()
+            for _ in range(WARM_UP):
+                way(*args)
+            torch.cuda.synchronize(self._setup.device)
+            seconds.append(time.perf_counter() - began)
+        return ways[seconds.index(min(seconds))]
+
+    @property
+    def _convolves(self) -> bool:
+        weights = self._setup.sparse | self._setup.dense
+        return any(len(shape) > 2 for shape in weights.values())
 
     def _inputs(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """([K, B, c, h, w], [K, B]) of the positions [K, B]."""

@@ -33,12 +33,12 @@ class Running(NamedTuple):
     second: Layers
     gates: Layers
     sums: Tensor
-    """[1 + L] float64, over the epoch's steps so far: the loss, and the active weights of each layer
+    """[1 + L] float64, over the epoch's steps so far: the loss, and each layer's active weights
     where every step moves them. No 0-d tensor: Inductor loses changes to float64 ones on a CPU."""
 
 
 Step = Callable[[Running, Any, Any, Tensor, Tensor, Tensor], tuple[Running, Layers]]
-"""(running, method state, hp, `optim.step_numbers` float32, images float32 [B, c, h, w], labels [B])
+"""(running, method state, hp, `optim.step_numbers` float32, images [B, c, h, w], labels [B])
 -> running after the step, and the loss's gradients at the weights of the forward pass."""
 
 
