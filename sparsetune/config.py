@@ -141,9 +141,9 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "order_seed": ("0 or more, or null", lambda value: value is None or value >= 0),
     **dict.fromkeys(
         ("optimizer.lr", "optimizer.eps"),
-        ("above 0, up to 1e6", lambda value: 0 < value <= 1e6),
+        ("above 0, up to 1e30", lambda value: 0 < value <= 1e30),
     ),
-    "optimizer.weight_decay": ("0 to 1e6", lambda value: 0 <= value <= 1e6),
+    "optimizer.weight_decay": ("0 to 1e30", lambda value: 0 <= value <= 1e30),
     **dict.fromkeys(
         ("optimizer.momentum", "optimizer.beta2", "data.validation"),
         ("0 or more and below 1", lambda value: 0 <= value < 1),

@@ -102,3 +102,54 @@ def momentum_of(settings: OptimizerSettings, moments: Moments) -> dict[str, Tens
         name: first / (moments.second[name].sqrt() + settings.eps)
         for name, first in moments.first.items()
     }
+
+
+# The same step as a function of tensors, for engines that lift it over many trials ----------------
+
+
+def step_numbers(
+    settings: OptimizerSettings, schedule: ScheduleSettings, step: int, num_steps: int
+) -> list[float]:
+    """What `stepped` needs to know of optimizer step `step` (counted from 1)."""
+    lr = learning_rate(schedule, settings.lr, step - 1, num_steps)
+    if settings.name == "sgd":
+        return [settings.weight_decay, settings.momentum, lr, lr * settings.momentum]
+    correction_1 = 1 - settings.momentum**step
+    correction_2 = math.sqrt(1 - settings.beta2**step)
+    return [
+        1 - lr * settings.weight_decay,
+        1 - settings.momentum,
+        settings.beta2,
+        1 - settings.beta2,
+        correction_2,
+        settings.eps,
+        lr / correction_1,
+    ]
+
+
+def stepped(
+    settings: OptimizerSettings,
+    p: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    decays: bool,
+    numbers: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(parameter, moments) after one step; of `settings`, only what a pool shares is read.
+
+    `numbers` holds one trial's `step_numbers` in the parameter's dtype.
+    """
+    if settings.name == "sgd":
+        decay, momentum, lr, lr_momentum = numbers.unbind()
+        grad = grad + decay * p if decays else grad
+        first = momentum * first + grad
+        if settings.nesterov:
+            return p - lr * grad - lr_momentum * first, first, None
+        return p - lr * first, first, None
+    assert second is not None
+    shrink, share_1, beta2, share_2, correction, eps, lr = numbers.unbind()
+    p = p * shrink if decays else p
+    first = first + share_1 * (grad - first)
+    second = beta2 * second + share_2 * grad * grad
+    return p - lr * first / (second.sqrt() / correction + eps), first, second

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,11 @@ class Setup(NamedTuple):
     def fixes_weights(self) -> bool:
         """Absent weights are zero, not merely masked in the forward pass."""
         return self.method.reaches_density
+
+    @property
+    def moves_masks(self) -> bool:
+        """Every step moves the masks, not topology updates (DST)."""
+        return self.method.masks_of is not None
 
 
 def choose_device(name: str) -> torch.device:
@@ -231,7 +237,7 @@ def begin_method(setup: Setup, values: dict[str, Active]) -> tuple[Any, Layers]:
     return setup.method.init(values, setup.sparse, targets, setup.hp, seeded, setup.variant)
 
 
-def _copied(state: TrialState) -> TrialState:
+def copied(state: TrialState) -> TrialState:
     """A state whose tensors this epoch may change in place."""
     first, second = ({k: t.clone() for k, t in moment.items()} for moment in state.moments)
     return state._replace(
@@ -255,7 +261,7 @@ def _logits(setup: Setup, params: Layers, buffers: Layers, images: Tensor) -> Te
     return logits.float()
 
 
-def _topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialState:
+def topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialState:
     """The state after one prune-and-grow event, with the batch's dense gradients."""
     momenta = optim.momentum_of(setup.settings.optimizer, state.moments)
     changed, masks, reset, method_state = update_alone(
@@ -288,7 +294,7 @@ def _reset(moments: optim.Moments, where: Layers) -> None:
                 moment[name].masked_fill_(where[name], 0)
 
 
-def _active(setup: Setup, gates: Layers) -> Tensor:
+def num_active(setup: Setup, gates: Layers) -> Tensor:
     """Active weights of each sparse layer, float64 [L]."""
     counts = [
         gates[name].flatten(1).sum(1).sum(dtype=torch.float64)
@@ -299,7 +305,7 @@ def _active(setup: Setup, gates: Layers) -> Tensor:
     return torch.stack(counts) if counts else torch.zeros(0, dtype=torch.float64)
 
 
-def _step(
+def train_step(
     setup: Setup, state: TrialState, gates: Layers, images: Tensor, labels: Tensor
 ) -> tuple[TrialState, Layers, Tensor]:
     """One optimizer step and what follows it: (state, gates, cross entropy).
@@ -312,9 +318,7 @@ def _step(
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     loss = F.cross_entropy(_logits(setup, leaves, state.buffers, images), labels)
     grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-    due = method.decide is not None and setup.schedule.is_due(
-        step, setup.num_steps, setup.steps_per_epoch, method.closes
-    )
+    due = is_due(setup, step)
     with torch.no_grad():
         # The update reads the dense gradient, which masking and the optimizer's step overwrite.
         dense = {name: grads[name].clone() for name in gates} if due else {}
@@ -346,79 +350,120 @@ def _step(
                 state.params[name].copy_(value)
             _reset(state.moments, reset)
         if due:
-            state = _topology_update(setup, state, dense)
-            gates = _gates(setup, state)
+            state = topology_update(setup, state, dense)
+            gates = gates_of(setup, state)
     return state, gates, loss.detach()
 
 
-def _gates(setup: Setup, state: TrialState) -> Layers:
+def is_due(setup: Setup, step: int) -> bool:
+    """Is the topology updated after the trial's optimizer step number `step`, counted from 1?"""
+    method = setup.method
+    return method.decide is not None and setup.schedule.is_due(
+        step, setup.num_steps, setup.steps_per_epoch, method.closes
+    )
+
+
+def gates_of(setup: Setup, state: TrialState) -> Layers:
     """Masks as 0 and 1 in float, what weights or gradients are multiplied by; none for dense."""
-    if not setup.fixes_weights and setup.method.masks_of is None:
+    if not setup.fixes_weights and not setup.moves_masks:
         return {}
     return {name: mask.to(state.params[name].dtype) for name, mask in state.masks.items()}
 
 
+class Batches(NamedTuple):
+    """The batches of one epoch."""
+
+    places: Tensor  # [steps, batch] int64, positions in the data set
+    offsets: data.Offsets | None  # what augmentation does to each image of the data set
+
+
+def batches_key(setup: Setup, epoch: int) -> tuple[int | None, int, int]:
+    """Trials of one structure with equal keys have equal batches: (split, order, epoch)."""
+    settings = setup.settings
+    order_seed = settings.seed if settings.order_seed is None else settings.order_seed
+    return settings.seed if settings.data.validation else None, order_seed, epoch
+
+
+def batches(setup: Setup, epoch: int) -> Batches:
+    """Which images are in which batch of the epoch that follows `epoch` epochs."""
+    settings, dataset = setup.settings, setup.dataset
+    _, order_seed, _ = batches_key(setup, epoch)
+    num, steps = len(setup.train_index), setup.steps_per_epoch
+    order = data.epoch_order(num, order_seed, epoch).to(setup.device)
+    size = min(settings.train.batch_size, num)
+    height, width = dataset.train.images.shape[-2:]
+    offsets = data.augmentation(
+        settings.data.augment, len(dataset.train.labels), order_seed, epoch, (height, width)
+    )
+    return Batches(
+        setup.train_index[order[: steps * size]].view(steps, size),
+        offsets if offsets is None else offsets.to(setup.device),
+    )
+
+
+def inputs(setup: Setup, epoch: Batches, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The network's input and labels of a part of `epoch.places`, [*n, c, h, w] and [*n]."""
+    train, flat = setup.dataset.train, places.flatten()
+    images = data.augment(train.images[flat], epoch.offsets, flat)
+    x = data.to_input(
+        images, setup.dataset.mean, setup.dataset.deviation, setup.settings.data.normalize
+    )
+    return x.view(*places.shape, *x.shape[1:]), train.labels[places]
+
+
 def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:
     """The state after one more epoch, and its metrics (`measure` says which)."""
-    settings, dataset = setup.settings, setup.dataset
     began = time.perf_counter()
     before = state
-    state = _copied(state)
-    order_seed = settings.seed if settings.order_seed is None else settings.order_seed
-    order = data.epoch_order(len(setup.train_index), order_seed, state.epoch).to(setup.device)
-    size = dataset.train.images.shape[-2:]
-    offsets = data.augmentation(
-        settings.data.augment,
-        len(dataset.train.labels),
-        order_seed,
-        state.epoch,
-        (size[0], size[1]),
-    )
-    if offsets is not None:
-        offsets = offsets.to(setup.device)
+    state = copied(state)
+    epoch = batches(setup, state.epoch)
     setup.model.train()
-    gates = _gates(setup, state)
-    active = _active(setup, gates)
+    gates = gates_of(setup, state)
+    active = num_active(setup, gates)
     active_sum = torch.zeros_like(active)
     losses = torch.zeros((), dtype=torch.float64, device=setup.device)
     with torch.random.fork_rng(devices=[setup.device] if setup.device.type == "cuda" else []):
         # Dropout and the like in a user's own network draw from the global generator.
-        torch.manual_seed(noise.key(settings.seed, "forward", state.epoch))
-        for places in order.split(settings.train.batch_size)[: setup.steps_per_epoch]:
-            index = setup.train_index[places]
-            images = data.augment(dataset.train.images[index], offsets, index)
+        torch.manual_seed(noise.key(setup.settings.seed, "forward", state.epoch))
+        for places in epoch.places:
             active_sum += active
             held = gates
-            state, gates, loss = _step(
-                setup,
-                state,
-                gates,
-                data.to_input(images, dataset.mean, dataset.deviation, settings.data.normalize),
-                dataset.train.labels[index],
-            )
+            state, gates, loss = train_step(setup, state, gates, *inputs(setup, epoch, places))
             losses += loss
             if gates is not held:
-                active = _active(setup, gates)
+                active = num_active(setup, gates)
     num = setup.steps_per_epoch
+    state, metrics = end_epoch(setup, before, state, float(losses) / num, active_sum / num)
+    if setup.device.type == "cuda":
+        torch.cuda.synchronize(setup.device)
+    metrics["device_seconds"] = time.perf_counter() - began
+    return state, metrics
+
+
+def end_epoch(
+    setup: Setup, before: TrialState, state: TrialState, loss: float, active: Iterable[Tensor]
+) -> tuple[TrialState, Metrics]:
+    """What follows an epoch's last step: its state, and all of its metrics but `device_seconds`.
+
+    `before` is where the epoch began (its masks and `updates` are read), `loss` the mean over its
+    steps, `active` that of the active weights of each sparse layer.
+    """
     if setup.method.masks_of is not None:
         # Such masks move at every step and are looked at once an epoch: each look costs as much
         # as a twentieth of a step.
         masks = setup.method.masks_of(state.params)
         ever = {name: state.ever[name] | mask for name, mask in masks.items()}
         state = state._replace(masks=masks, ever=ever)
-    step_flops = epoch_flops(setup, active_sum / num, state.updates - before.updates)
+    step_flops = epoch_flops(setup, active, state.updates - before.updates)
+    size = min(setup.settings.train.batch_size, len(setup.train_index))
     state = state._replace(
-        epoch=state.epoch + 1,
-        flops=state.flops + step_flops * num * min(settings.train.batch_size, len(order)),
+        epoch=state.epoch + 1, flops=state.flops + step_flops * setup.steps_per_epoch * size
     )
-    metrics = {"epoch": state.epoch, "train/loss": float(losses) / num}
+    metrics = {"epoch": state.epoch, "train/loss": loss}
     metrics |= measure(setup, state, before.masks)
     metrics |= {"flops/train": step_flops, "flops/total": state.flops}
     state = state._replace(diverged=has_diverged(state.params, metrics))
     metrics["diverged"] = float(state.diverged)
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize(setup.device)
-    metrics["device_seconds"] = time.perf_counter() - began
     return state, metrics
 
 
@@ -428,8 +473,8 @@ def has_diverged(params: Layers, metrics: Metrics) -> bool:
     return not (finite and all(bool(p.isfinite().all()) for p in params.values()))
 
 
-def epoch_flops(setup: Setup, active: Tensor, updates: int) -> float:
-    """FLOPs per sample and step, the mean over an epoch with these mean active weights [L]."""
+def epoch_flops(setup: Setup, active: Iterable[Tensor], updates: int) -> float:
+    """FLOPs per sample and step, given the epoch's mean active weights of each sparse layer."""
     density = {
         name: float(num) / shape.numel()
         for (name, shape), num in zip(setup.sparse.items(), active, strict=True)
@@ -444,7 +489,7 @@ def epoch_flops(setup: Setup, active: Tensor, updates: int) -> float:
 def evaluate(setup: Setup, state: TrialState, arrays: data.Arrays) -> tuple[float, float]:
     """(mean cross entropy, share classified right) of uint8 images on any device."""
     setup.model.eval()
-    params = _forward_params(setup, state, _gates(setup, state))
+    params = _forward_params(setup, state, gates_of(setup, state))
     loss = torch.zeros((), dtype=torch.float64, device=setup.device)
     right = torch.zeros((), dtype=torch.int64, device=setup.device)
     for images, labels in zip(arrays.images.split(1000), arrays.labels.split(1000), strict=True):

@@ -168,7 +168,7 @@ def test_one_update_gives_the_trainers_state(
             {name: flat[name][at] for name, at in trial.index().items()},
             lambda name, flat=flat: lambda start, stop: -flat[name][start:stop].abs(),  # type: ignore[misc]
         )
-        after = trainer._topology_update(setup, state, grads)
+        after = trainer.topology_update(setup, state, grads)
         assert same(csr_trial.snapshot(trial), checkpoint.encode(after))
 
 
