@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparsetune import data, models, trainer
+from sparsetune import models, trainer
 from sparsetune.checkpoint import Snapshot
 from sparsetune.engine import csr_index, csr_trial
 from sparsetune.engine.csr_pack import Pack, nll
@@ -88,7 +88,7 @@ class Csr:
             lrs = [trial.learning_rate() for trial in trials]
             for trial in trials:
                 trial.step += 1
-            due = [k for k, trial in enumerate(trials) if trial.is_due()]
+            due = [k for k, trial in enumerate(trials) if trainer.is_due(trial.setup, trial.step)]
             # An update reads the gradients, which the optimizer's step uses up.
             grads = {k: pack.gradients_of(k) for k in due}
             pack.optimize(lrs)
@@ -105,35 +105,18 @@ class Csr:
 
 
 def _training_batches(trial: Trial) -> Iterator[Batch]:
-    """The batches of the trial's next epoch, as `trainer.train_epoch` makes them."""
-    setup = trial.setup
-    settings, dataset = setup.settings, setup.dataset
-    order = data.epoch_order(len(setup.train_index), trial.order_seed, trial.epoch)
-    height, width = dataset.train.images.shape[-2:]
-    offsets = data.augmentation(
-        settings.data.augment,
-        len(dataset.train.labels),
-        trial.order_seed,
-        trial.epoch,
-        (height, width),
-    )
-    offsets = None if offsets is None else offsets.to(setup.device)
-    places = order.to(setup.device).split(settings.train.batch_size)[: setup.steps_per_epoch]
-    for place in places:
-        index = setup.train_index[place]
-        images = data.augment(dataset.train.images.index_select(0, index), offsets, index)
-        yield _batch(setup, images, index)
+    """The batches of the trial's next epoch."""
+    epoch = trainer.batches(trial.setup, trial.epoch)
+    for places in epoch.places:
+        images, labels = trainer.inputs(trial.setup, epoch, places)
+        yield images.flatten(1), labels
 
 
 def _validation_batches(setup: Setup, size: int) -> Iterator[Batch]:
-    for index in setup.validation_index.split(size):
-        yield _batch(setup, setup.dataset.train.images.index_select(0, index), index)
-
-
-def _batch(setup: Setup, images: Tensor, index: Tensor) -> Batch:
-    dataset, normalize = setup.dataset, setup.settings.data.normalize
-    x = data.to_input(images, dataset.mean, dataset.deviation, normalize)
-    return x.flatten(1), dataset.train.labels[index]
+    held_out = trainer.Batches(setup.validation_index, None)
+    for places in held_out.places.split(size):
+        images, labels = trainer.inputs(setup, held_out, places)
+        yield images.flatten(1), labels
 
 
 def _validate(pack: Pack) -> list[Metrics]:
@@ -145,11 +128,11 @@ def _validate(pack: Pack) -> list[Metrics]:
     loss = torch.zeros(size, dtype=torch.float64, device=pack.device)
     right = torch.zeros(size, dtype=torch.int64, device=pack.device)
     # Groups in other epochs or orders may hold out the same images.
-    splits = {leader.split_seed: leader.setup for leader in pack.leaders}
+    splits = {leader.group[0]: leader.setup for leader in pack.leaders}
     batches = (_validation_batches(setup, pack.width) for setup in splits.values())
     for batch in zip(*batches, strict=True):
         of = dict(zip(splits, batch, strict=True))
-        images, labels = zip(*(of[leader.split_seed] for leader in pack.leaders), strict=True)
+        images, labels = zip(*(of[leader.group[0]] for leader in pack.leaders), strict=True)
         logits, target = pack.forward(images), pack.labels(labels)
         loss[:, : target.shape[1]] += nll(logits.log_softmax(1), target)
         right[:, : target.shape[1]] += logits.argmax(1) == target

@@ -46,19 +46,9 @@ class Trial:
     active_steps: dict[str, int] = field(default_factory=dict)  # see count_active
 
     @property
-    def order_seed(self) -> int:
-        settings = self.setup.settings
-        return settings.seed if settings.order_seed is None else settings.order_seed
-
-    @property
-    def split_seed(self) -> int:
-        """Equal for trials that hold out the same images."""
-        return self.setup.settings.seed if len(self.setup.validation_index) else 0
-
-    @property
-    def group(self) -> tuple[int, int, int]:
+    def group(self) -> tuple[int | None, int, int]:
         """Equal for trials that see the same batches in their next epoch."""
-        return self.split_seed, self.order_seed, self.epoch
+        return trainer.batches_key(self.setup, self.epoch)
 
     @property
     def num_values(self) -> int:
@@ -80,20 +70,9 @@ class Trial:
             settings.schedule, settings.optimizer.lr, self.step, self._num_steps
         )
 
-    def is_due(self) -> bool:
-        """Is the topology updated after the step that was just taken?"""
-        setup = self.setup
-        return setup.method.decide is not None and setup.schedule.is_due(
-            self.step, self._num_steps, self._steps_per_epoch, setup.method.closes
-        )
-
     @functools.cached_property
     def _num_steps(self) -> int:
         return self.setup.num_steps
-
-    @functools.cached_property
-    def _steps_per_epoch(self) -> int:
-        return self.setup.steps_per_epoch
 
 
 def begin(setup: Setup) -> Trial:
