@@ -29,10 +29,11 @@ import torch
 from sparsetune import data, trainer
 from sparsetune.engine.csr import Csr
 from sparsetune.engine.solo import Solo
+from sparsetune.engine.stacked import Stacked
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import DataSettings, ModelSettings, OptimizerSettings, TrialSettings
 
-BACKENDS: dict[str, Callable[[int], Any]] = {"solo": Solo, "csr": Csr}
+BACKENDS: dict[str, Callable[[int], Any]] = {"solo": Solo, "csr": Csr, "stacked": Stacked}
 AIM = {("csr", 0.1): (3.5, 4.5), ("csr", 0.05): (5.5, 7.0), ("csr", 0.02): (9.0, 12.0)}
 
 

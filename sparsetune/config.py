@@ -80,7 +80,7 @@ class SweepSettings(TrialSettings):
     constraint: dict[str, float] = field(default_factory=dict)  # metric -> its upper bound
     concurrency: int = 0  # trials at once; 0: as many as there are slots
     device: str = "auto"
-    engine: str = "auto"  # auto | solo | csr
+    engine: str = "auto"  # auto | solo | stacked | csr
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
@@ -108,7 +108,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.precision": ("float32", "bfloat16"),
     "optimizer.name": ("sgd", "adamw"),
     "schedule.name": ("constant", "step", "cosine"),
-    "engine": ("auto", "solo", "csr"),
+    "engine": ("auto", "solo", "stacked", "csr"),
     "scheduler.name": ("auto", "asha", "none"),
     "sampler.name": ("tpe", "random", "gp", "nsga2"),
     "wandb.mode": WANDB_MODES,

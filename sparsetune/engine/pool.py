@@ -17,8 +17,10 @@ import torch
 
 from sparsetune import checkpoint, data, trainer
 from sparsetune.checkpoint import Snapshot
-from sparsetune.engine import csr
+from sparsetune.engine import csr, stacked
+from sparsetune.engine.csr import Csr
 from sparsetune.engine.solo import Solo
+from sparsetune.engine.stacked import Stacked
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.trainer import Metrics, Setup, TrialState
 
@@ -49,31 +51,43 @@ class Choice(NamedTuple):
 # At this density of the sparse layers csr is as fast as solo on a CPU (scripts/bench_engine.py);
 # on a GPU dense tensors are faster at any density that is trained.
 CSR_DENSITY = 0.25
+CSR_SLOTS, STACKED_SLOTS, GPU_SLOTS = 16, 8, 64
 # Parameter, two moments, gradient in float32 and positions: what a value costs at most, in bytes.
 CSR_BYTES, DENSE_BYTES = 60, 24
 
 
 def choose(engine: str, setup: Setup) -> Choice:
     """The backend for trials like this one; ValueError where the one asked for cannot train it."""
-    why_not = {"solo": "", "csr": csr.unfit(setup)}
-    if engine not in ("auto", *why_not):
-        raise ValueError(f"engine: '{engine}' is unknown; known: auto, {', '.join(why_not)}")
-    if engine != "auto":
-        if why_not[engine]:
-            raise ValueError(f"engine: {engine} cannot train this: {why_not[engine]}; use auto")
-        return _choices()[engine]._replace(reason="asked for")
+    if engine == "auto":
+        return _automatic(setup)
+    choices = {
+        "solo": (Choice("solo", Solo, 1, "asked for"), ""),
+        "stacked": (Choice("stacked", Stacked, STACKED_SLOTS, "asked for"), stacked.unfit(setup)),
+        "csr": (Choice("csr", Csr, CSR_SLOTS, "asked for"), csr.unfit(setup)),
+    }
+    if engine not in choices:
+        raise ValueError(f"engine: '{engine}' is unknown; known: auto, {', '.join(choices)}")
+    choice, why_not = choices[engine]
+    if why_not:
+        raise ValueError(f"engine: {engine} cannot train this: {why_not}; use auto")
+    return choice
+
+
+def _automatic(setup: Setup) -> Choice:
+    on_gpu = setup.device.type == "cuda"
     size = sum(shape.numel() for shape in setup.sparse.values())
     density = sum(setup.targets.values()) / max(size, 1)
-    if not why_not["csr"] and setup.device.type == "cpu" and density <= CSR_DENSITY:
-        return _choices()["csr"]._replace(reason=f"sparse layers of density {density:.3g} on a CPU")
-    return _choices()["solo"]._replace(reason=why_not["csr"] or f"density {density:.3g}")
-
-
-def _choices() -> dict[str, Choice]:
-    return {
-        "solo": Choice("solo", Solo, 1, ""),
-        "csr": Choice("csr", csr.Csr, 16, ""),
-    }
+    not_csr = csr.unfit(setup)
+    if not not_csr and not on_gpu and density <= CSR_DENSITY:
+        return Choice("csr", Csr, CSR_SLOTS, f"sparse layers of density {density:.3g} on a CPU")
+    if on_gpu:
+        if why := stacked.unfit(setup):
+            return Choice("solo", Solo, 1, why)
+        return Choice("stacked", Stacked, GPU_SLOTS, "all slots in one operation on a GPU")
+    reason = not_csr or f"density {density:.3g}"
+    if stacked.has_compiler():
+        return Choice("stacked", Stacked, STACKED_SLOTS, f"compiled; not csr: {reason}")
+    return Choice("solo", Solo, 1, f"no C++ compiler; not csr: {reason}")
 
 
 def slot_bytes(choice: Choice, setup: Setup) -> int:
