@@ -17,7 +17,7 @@ from typing import Any
 from sparsetune.config import SweepSettings
 from sparsetune.member import Scheduling
 from sparsetune.search.study import SearchMember
-from sparsetune.trial import sweep_trial, trial_key
+from sparsetune.trial import EngineActor, sweep_trial, trial_key
 from sparsetune.watch import Watch
 
 PROCESSES = 40  # of trials and engines that one machine may well have
@@ -80,8 +80,6 @@ def start_engines(settings: SweepSettings, default_slots: int, trials: int) -> F
     """
     import ray
 
-    from sparsetune.engine.actor import Engine
-
     resources = settings.resources
     threads = max(1, resources.threads_per_engine)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -97,7 +95,7 @@ def start_engines(settings: SweepSettings, default_slots: int, trials: int) -> F
             "resources.threads_per_engine=N"
         )
     slots = max(1, min(resources.slots or default_slots, -(-at_once // num)))
-    actor = ray.remote(Engine)
+    actor = ray.remote(EngineActor)
     actors = {}
     for number in range(num):
         options = {"name": f"engine-{number}", "num_cpus": threads, "max_restarts": -1}

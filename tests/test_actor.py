@@ -13,8 +13,8 @@ import pytest
 import ray
 
 from sparsetune import checkpoint
-from sparsetune.engine import actor
 from sparsetune.settings import ModelSettings, TrainSettings, TrialSettings, to_dict
+from sparsetune.trial import EngineActor
 
 EPOCHS = 3
 # A network that ends its process, or raises, in the first epoch of trials with a learning rate
@@ -55,9 +55,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def engine(folder: Path, slots: int = 4) -> Any:
     options = {"num_cpus": 0, "max_restarts": -1}
     return (
-        ray.remote(actor.Engine)
-        .options(**options)
-        .remote("cpu", "solo", slots, 1, 0.5, str(folder))
+        ray.remote(EngineActor).options(**options).remote("cpu", "solo", slots, 1, 0.5, str(folder))
     )
 
 
@@ -97,6 +95,24 @@ class Trial:
 
 def losses(records: list[dict[str, float]]) -> list[float]:
     return [record["train/loss"] for record in records]
+
+
+def test_a_trial_has_no_torch(cluster: Path, tmp_path: Path) -> None:
+    options = {"name": "named", "num_cpus": 0}
+    one = ray.remote(EngineActor).options(**options).remote("cpu", "solo", 1, 1, 0.5, str(cluster))
+
+    @ray.remote(num_cpus=0)
+    def trial() -> list[str]:
+        import sys
+
+        from sparsetune.trial import sweep_trial
+
+        assert callable(sweep_trial)
+        ray.get(ray.get_actor("named").detach.remote("x"))
+        return [name for name in ("torch", "optuna", "wandb") if name in sys.modules]
+
+    assert ray.get(trial.remote()) == []
+    del one
 
 
 def test_trials_train_side_by_side_and_checkpoint(cluster: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,14 @@ ALLOWED = {  # who may import what the trainer's machine may lack
     "wandb": {"tracking"},
     "omegaconf": {"config", "space"},
 }
+
+
+def test_a_trials_process_needs_no_torch() -> None:
+    """It gets the engine's actor by name, which imports the actor's class, and reports."""
+    heavy = ["torch", "numpy", "optuna", "wandb", "omegaconf"]
+    code = f"import sys, sparsetune.trial; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def modules() -> list[tuple[str, str, set[str]]]:
