@@ -5,6 +5,8 @@ graph that finds batches and numbers in tables on the device, so that the host w
 topology is updated. K is fixed for a pool, however many slots are filled: batched kernels may round
 otherwise for another K, and a slot's results must not depend on its neighbours. What an empty slot
 computes is never read.
+
+Longer than other modules: the host's half (`Lifted`) and the device's (`Stack`) are one procedure.
 """
 
 from __future__ import annotations
