@@ -20,7 +20,7 @@ ORDER = [
     {"progress"},
     {"status"},
     {"member"},
-    {"alone", "tracking", "search.scheduler"},
+    {"alone", "trial", "tracking", "search.scheduler"},
     {"search.searcher"},
     {"search.study"},
     {"search.journal"},
@@ -39,7 +39,7 @@ ORDER = [
     {"models", "data"},
     {"data_files"},
     {"methods"},
-    {"imports", "memory", "settings", "trial"},
+    {"imports", "memory", "settings"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}
