@@ -20,6 +20,7 @@ from sparsetune.search.study import SearchMember
 from sparsetune.trial import EngineActor, sweep_trial, trial_key
 from sparsetune.watch import Watch
 
+FEW = 4  # places of an engine that are filled whatever the search would rather know first
 PROCESSES = 40  # of trials and engines that one machine may well have
 ANSWER_SECONDS = 5.0  # how long a cluster's head may take to answer
 QUIET = {
@@ -74,9 +75,10 @@ class Fleet:
 def start_engines(settings: SweepSettings, default_slots: int, trials: int) -> Fleet:
     """Engines on the GPUs of the cluster, or on its CPU cores where it has none.
 
-    As many engines and slots as there is room for, but not more than half of the `trials` at a
-    time, unless `concurrency` says so: the other half is what the first one teaches. ClusterError
-    where a node cannot hold an engine.
+    As many engines and slots as there is room for. But unless `concurrency` says so, not more than
+    a quarter of the `trials` at a time (and FEW for each engine): the others are what the first
+    ones teach, and each place is a process that takes two seconds to start. ClusterError where a
+    node cannot hold an engine.
     """
     import ray
 
@@ -85,7 +87,7 @@ def start_engines(settings: SweepSettings, default_slots: int, trials: int) -> F
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = 0 if settings.device == "cpu" else int(sum(has.get("GPU", 0) for has in nodes))
     room = gpus or sum(int(has.get("CPU", 0)) // threads for has in nodes)
-    at_once = settings.concurrency or -(-trials // 2)
+    at_once = settings.concurrency or min(trials, max(-(-trials // 4), FEW * room))
     wanted = max(1, min(room, at_once))
     num = resources.engines or wanted
     if not 0 < num <= room:
