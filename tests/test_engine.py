@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
+import torch
 
 from sparsetune import trainer
 from sparsetune.engine import Pool, train
+from sparsetune.engine.pool import choose
+from sparsetune.engine.stacked import has_compiler
 from sparsetune.methods import METHODS
 from sparsetune.settings import ModelSettings, OptimizerSettings, TrialSettings
 
@@ -41,6 +47,27 @@ def test_solo_pool_is_the_trainer(method: str) -> None:
     trials = [settings(method, number, epochs=2 + number % 2) for number in range(3)]
     packed = train(trials, slots=2, device="cpu", engine="solo")
     assert [without_time(each) for each in packed] == [without_time(alone(t)) for t in trials]
+
+
+def test_auto_takes_what_fits() -> None:
+    def chosen(method: str, density: float, device: str = "cpu", **changes: Any) -> str:
+        trial = dataclasses.replace(settings(method), density=density, **changes)
+        return choose("auto", trainer.prepare(trial, torch.device(device))).name
+
+    assert [chosen("set", density) for density in (0.05, 0.25, 0.3, 0.9)] == ["csr"] * 2 + [
+        "solo"
+    ] * 2
+    assert chosen("sm", 0.05) == "solo"  # dense gradients at every step
+    assert chosen("sm", 0.05, variant={"growth": "random"}) == "csr"
+    assert chosen("dst", 0.05) == chosen("gmp", 0.05) == chosen("dense", 1.0) == "solo"
+    # 3 * 5,440 FLOPs, 128 images, 10 steps, 100,000 epochs: worth a compiler, where there is one.
+    assert chosen("dst", 0.05, epochs=100_000) == ("stacked" if has_compiler() else "solo")
+
+
+def test_a_pool_takes_no_more_memory_than_its_share() -> None:
+    pool = Pool(10_000, "cpu", "stacked", share=1e-4)
+    pool.attach("a", settings("set"))
+    assert 1 <= pool.slots < 10_000
 
 
 def test_a_pool_refuses_what_does_not_fit() -> None:

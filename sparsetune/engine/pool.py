@@ -52,6 +52,9 @@ class Choice(NamedTuple):
 # on a GPU dense tensors are faster at any density that is trained.
 CSR_DENSITY = 0.25
 CSR_SLOTS, STACKED_SLOTS, GPU_SLOTS = 16, 8, 64
+# Compiling takes 5 to 20 s where nothing is cached and saves a third of a step: not for trials of
+# less (some 10 s of a core). Told by the settings, not by the clock, for the numbers differ.
+COMPILE_FLOPS = 3e11
 # Parameter, two moments, gradient in float32 and positions: what a value costs at most, in bytes.
 CSR_BYTES, DENSE_BYTES = 60, 24
 
@@ -85,6 +88,9 @@ def _automatic(setup: Setup) -> Choice:
             return Choice("solo", Solo, 1, why)
         return Choice("stacked", Stacked, GPU_SLOTS, "all slots in one operation on a GPU")
     reason = not_csr or f"density {density:.3g}"
+    size = min(setup.settings.train.batch_size, len(setup.train_index))
+    if 3 * sum(setup.flops.values()) * size * setup.num_steps < COMPILE_FLOPS:
+        return Choice("solo", Solo, 1, f"too short a training to compile it; not csr: {reason}")
     if stacked.has_compiler():
         return Choice("stacked", Stacked, STACKED_SLOTS, f"compiled; not csr: {reason}")
     return Choice("solo", Solo, 1, f"no C++ compiler; not csr: {reason}")
