@@ -498,12 +498,15 @@ def _corners(member: Member) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         if key == "density" or key.startswith(("model.", "variant.")):
             for value in dimension.extremes():
                 yield {key: value}, {}
+        elif key.startswith("hp."):
+            applies = {other: values[0] for other, values in dimension.when.items()}
+            for value in dimension.extremes():
+                yield applies | {key: value}, {}
 
 
 def _check_trial(settings: TrialSettings, dataset: data.Dataset) -> None:
     method = METHODS[settings.method]
-    make_variant(method, settings.variant)
-    make_hyperparameters(method, settings.hp)
+    make_hyperparameters(method, settings.hp, make_variant(method, settings.variant))
     update_schedule(method, settings)
     if settings.model.match_density and (method.reaches_density or method.emergent):
         raise ValueError(

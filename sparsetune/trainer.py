@@ -174,7 +174,7 @@ def prepare(
         device=device,
         method=method,
         variant=variant,
-        hp=make_hyperparameters(method, settings.hp, device),
+        hp=make_hyperparameters(method, settings.hp, variant, device),
         schedule=update_schedule(method, settings),
         model=model,
         names=tuple(name for name, _ in model.named_parameters()),

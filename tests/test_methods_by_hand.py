@@ -715,7 +715,7 @@ def test_dsts_derivative(x: float, expected: float) -> None:
 
 
 def numbers_of(hp: dict[str, float]) -> Any:
-    return make_hyperparameters(METHODS["dst"], hp)
+    return make_hyperparameters(METHODS["dst"], hp, make_variant(METHODS["dst"], {}))
 
 
 def gates_of(params: Layers) -> Layers:

@@ -107,8 +107,7 @@ def test_a_hundred_samples_fit_their_method(
         model = models.build(one.settings.model, digits.input_shape, digits.num_classes)
     for params in samples(one.space, 100):
         settings = one.trial_settings(params, {})
-        make_variant(method, settings.variant)
-        make_hyperparameters(method, settings.hp)
+        make_hyperparameters(method, settings.hp, make_variant(method, settings.variant))
         trainer.update_schedule(method, settings)
         trainer.layers_of(settings, method, models.weights(model))
         assert one.configure(params, {}, 0)["optimizer"]["lr"] == params["optimizer.lr"]

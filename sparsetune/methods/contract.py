@@ -119,6 +119,9 @@ class Method(NamedTuple):
     Hyperparameters: type = NoChoices
     """Frozen dataclass of `number` fields: one value per trial, float64 0-d tensors inside."""
 
+    at_most: Callable[[Any], dict[str, float]] = lambda variant: {}
+    """variant -> upper bounds of hyperparameters that hold for it alone."""
+
     dense_gradient: Callable[[Any], str] = lambda variant: "never"
     """variant -> never | at_update | always: when gradients of absent weights are needed. Unless
     always, the momenta of absent weights are zero in every backend."""
@@ -236,12 +239,20 @@ def check_number(method: Method, name: str, value: Any) -> float:
 
 
 def make_hyperparameters(
-    method: Method, given: Mapping[str, Any], device: torch.device | str = "cpu"
+    method: Method, given: Mapping[str, Any], variant: Any, device: torch.device | str = "cpu"
 ) -> Any:
-    """The method's Hyperparameters as float64 0-d tensors, defaults where none is given."""
-    values = {field.name: field.default for field in dataclasses.fields(method.Hyperparameters)}
+    """The method's Hyperparameters as float64 0-d tensors, defaults where none is given.
+
+    ValueError for a value out of range, of the hyperparameter or of the `variant`."""
+    values: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(method.Hyperparameters)}
     for name, value in given.items():
         values[name] = check_number(method, name, value)
+    for name, most in method.at_most(variant).items():
+        if values[name] > most:
+            raise ValueError(
+                f"hp.{name}: {values[name]} is out of range for method '{method.name}' with this "
+                f"variant; allowed: 0 to {most:g}"
+            )
     return method.Hyperparameters(
         **{k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in values.items()}
     )

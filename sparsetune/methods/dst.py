@@ -90,7 +90,7 @@ def _size(layer: Active, hp: Any, variant: Any) -> Tensor:
     masked = lowest(
         magnitude,
         layer.valid,
-        torch.round(snapped(hp.threshold.clamp(max=0.9) * count(layer.valid))),
+        torch.round(snapped(hp.threshold * count(layer.valid))),
     )
     return magnitude.masked_fill(~masked, 0).amax()
 
@@ -164,6 +164,11 @@ METHOD = Method(
     begins="dense",
     Variant=Variant,
     Hyperparameters=Hyperparameters,
+    at_most=lambda variant: (
+        {"threshold": 0.9}
+        if variant.threshold_unit == "share" and variant.threshold_init != "zero"
+        else {}
+    ),
     dense_gradient=lambda variant: "always",
     init=init,
     sparsify=sparsify,

@@ -225,7 +225,7 @@ def update(
     choices = make_variant(method, variant or {})
     _check_given(method, choices, params, masks, momentum=momenta, gradient=grads)
     device = next(iter(params.values())).device
-    settings = make_hyperparameters(method, numbers, device)
+    settings = make_hyperparameters(method, numbers, choices, device)
     new_params, new_masks = dict(params), {k: m.to(torch.bool) for k, m in masks.items()}
     shapes: Shapes = {name: mask.shape for name, mask in new_masks.items()}
     zeros = {name: torch.zeros_like(params[name]) for name in new_masks}
