@@ -76,7 +76,10 @@ def gate(weight: Tensor, t: Tensor) -> Tensor:
 
 def step_derivative(x: Tensor) -> Tensor:
     """H(x), equation 6; H(1) = 0.4."""
-    size = x.abs()
+    return _derivative_at(x.abs())
+
+
+def _derivative_at(size: Tensor) -> Tensor:
     slope = torch.rsub(size, 2, alpha=4).clamp_min_(0.4)
     # Beyond 1 the shrunk size is the size itself, which brings any slope below zero.
     return slope.sub_(torch.nn.functional.hardshrink(size, 1.0)).relu_()
@@ -133,15 +136,14 @@ def pull_back(grads: Layers, params: Layers, gates: Layers, hp: Any, variant: An
     for name, t in thresholds(params).items():
         weight, grad = params[name], grads[name]
         size = weight.abs()
-        slope = step_derivative(size - aligned(t, weight))
-        structure = slope * weight
+        through_step = _derivative_at((size - aligned(t, weight)).abs_()).mul_(grad)
         if t.dim() == weight.dim():
-            t_grad = structure.mul_(grad)
+            t_grad = through_step * weight
         elif t.dim() == 1:
-            t_grad = torch.linalg.vecdot(structure.flatten(1), grad.flatten(1))
+            t_grad = torch.linalg.vecdot(through_step.flatten(1), weight.flatten(1))
         else:
-            t_grad = torch.linalg.vecdot(structure.flatten(), grad.flatten())
-        pulled[name] = slope.mul_(size).add_(gates[name]).mul_(grad)
+            t_grad = torch.linalg.vecdot(through_step.flatten(), weight.flatten())
+        pulled[name] = grad.mul_(gates[name]).addcmul_(through_step, size)
         pulled[name + SUFFIX] = -t_grad - hp.alpha.to(t.dtype) * torch.exp(-t)
     return pulled
 
@@ -154,7 +156,7 @@ def after_step(params: Layers, state: Any, hp: Any, variant: Any) -> tuple[Layer
         changed[name + SUFFIX] = t.masked_fill(collapsed, 0)
         reset[name + SUFFIX] = collapsed.expand_as(t)
         # With t = 0 every weight takes part; one of exactly 0 adds nothing where it does.
-        gates[name] = torch.maximum(gates[name], collapsed.to(t.dtype))
+        gates[name].clamp_min_(collapsed.to(t.dtype))
     return changed, gates, reset
 
 
