@@ -154,6 +154,16 @@ class Scheduling(NamedTuple):
     reduction: float
     reason: str  # one sentence
 
+    def decisions(self, epochs: int) -> list[int]:
+        """Epochs after which a trial may be stopped: ASHA's rungs, grace * reduction^k."""
+        rungs = []
+        if self.name == "asha":
+            rung = float(self.grace)
+            while rung < epochs:
+                rungs.append(math.ceil(rung))
+                rung *= self.reduction
+        return rungs
+
 
 @dataclass(frozen=True)
 class Sweep:

@@ -24,7 +24,7 @@ from sparsetune.alone import epochs
 from sparsetune.cluster import check_address, tune_all
 from sparsetune.data import load as load_data
 from sparsetune.engine.pool import Choice
-from sparsetune.member import Member, Sweep, check_machine, engine_choice
+from sparsetune.member import Member, Scheduling, Sweep, check_machine, engine_choice
 from sparsetune.progress import Progress
 from sparsetune.search.journal import Journal, SweepLock, Trial
 from sparsetune.search.study import MemberSearch, SearchMember
@@ -145,13 +145,14 @@ def _check_unchanged(one: OpenMember) -> None:
         )
 
 
-def search_member(one: OpenMember) -> SearchMember:
+def search_member(one: OpenMember, scheduling: Scheduling) -> SearchMember:
     """The member as the searcher sees it; trials are told where they live."""
     settings = one.member.settings
 
     def configure(params: dict[str, Any], fixed: dict[str, Any], number: int) -> dict[str, Any]:
         about = {
             "folder": str(trial_folder(one.folder, number)),
+            "decisions": scheduling.decisions(settings.epochs),
             "save_every": settings.checkpoint.every,
             "generation": one.journal.record.generation,
         }
@@ -261,7 +262,7 @@ def run(members: list[OpenMember]) -> int:
             train_alone(members[0], watch)
         elif not _all_done(members):
             sweep = Sweep("", Path(), [one.member for one in members])
-            searches = [search_member(one) for one in members]
+            searches = [search_member(one, sweep.scheduling) for one in members]
             slots = max(engine.slots for engine in _engines(members))
             tune_all(searches, sweep.settings, sweep.scheduling, slots, watch)
     recording.send()
@@ -307,7 +308,8 @@ def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int
 def train_alone(one: OpenMember, watch: Watch) -> None:
     """The open and new trials of a member one after another in this process, without Ray."""
     settings, record = one.member.settings, one.journal.record
-    search = MemberSearch(search_member(one), settings.seed)
+    scheduling = Sweep("", Path(), [one.member]).scheduling
+    search = MemberSearch(search_member(one, scheduling), settings.seed)
     with watch.signals():
         while not is_done(record) and watch.leaving_since is None:
             running = [trial for trial in record.trials.values() if trial.status == "running"]

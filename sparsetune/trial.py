@@ -57,8 +57,8 @@ def sweep_trial(config: dict[str, Any]) -> None:
     """The trainable of our own sweeps.
 
     `config` is a trial's settings plus `trial`: member, number, engine (the actor's name), folder,
-    save_every, generation of the driver. A trial that failed ATTEMPTS times under one driver says
-    so and returns; before that Ray tries it again.
+    save_every, decisions (epochs after which it may be stopped), generation of the driver. A trial
+    that failed ATTEMPTS times under one driver says so and returns; before that Ray tries it again.
     """
     from ray import tune
 
@@ -106,8 +106,8 @@ def _records(
                 if engine is None:
                     engine = ray.get_actor(about["engine"])
                     suspect = suspect or deaths > 1
-                    given = key, settings, about["folder"], about["save_every"], suspect
-                    token = ray.get(engine.attach.remote(*given))
+                    given = [about[name] for name in ("folder", "save_every", "decisions")]
+                    token = ray.get(engine.attach.remote(key, settings, *given, suspect))
                 records = ray.get(engine.after.remote(key, token, epoch))
             except (ray.exceptions.RayActorError, KeyError):
                 # It was killed and starts again, without knowing anybody.

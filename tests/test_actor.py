@@ -73,7 +73,7 @@ class Trial:
 
     def __init__(self, engine: Any, folder: Path, key: str, given: Any, suspect: bool = False):
         self.engine, self.key, self.folder, self.records = engine, key, folder / key, []
-        self.given = key, given, str(self.folder), 1, suspect
+        self.given = key, given, str(self.folder), 1, [1, 2], suspect
         self.attach()
 
     def attach(self) -> None:
@@ -206,7 +206,7 @@ def test_a_poison_trial_fails_and_the_others_do_not(
                 continue
             try:
                 if not trial.token:
-                    trial.given = *trial.given[:4], deaths[key] > 1
+                    trial.given = *trial.given[:5], deaths[key] > 1
                     trial.attach()
                 found = ray.get(one.after.remote(key, trial.token, len(trial.records)), timeout=30)
                 trial.records += found

@@ -303,6 +303,13 @@ def test_bad_data_is_found_before_anything_starts(
     assert message.format(m=module) in str(caught.value)
 
 
+def test_ashas_rungs_are_where_trials_may_be_stopped() -> None:
+    asha = sweep("set", "epochs=20").scheduling  # grace a quarter, reduction 3
+    assert asha.decisions(20) == [5, 15]
+    assert asha._replace(grace=2, reduction=2.5).decisions(20) == [2, 5, 13]  # 12.5: at epoch 13
+    assert sweep("dst", "epochs=20").scheduling.decisions(20) == []
+
+
 def test_a_start_points_density_is_its_own(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("method: set\nstart: {p: {density: 0.3, zeta: 0.2}, q: {zeta: 0.2}}\n")

@@ -1,9 +1,9 @@
 """One device's slots behind a Ray actor: trials attach, receive their records, and detach.
 
 The rule to know: a thread trains, an epoch at a time; between two epochs trials enter and leave.
-It does not begin the next epoch before every trial of the last one has asked for more or has left,
-so a trial that the scheduler stops costs no epoch more, and a trial that stays silent is left
-behind after a while. Checkpoints are written here.
+After an epoch at which the scheduler may stop trials, it waits until each of them has asked for
+more or has left, so a stopped trial costs no epoch more; elsewhere it goes on while they report.
+Checkpoints are written here.
 
 An actor that was killed comes back empty, and its trials attach again and go on from their
 checkpoints. Those that have seen two engines die without an epoch in between are suspects: each is
@@ -34,7 +34,8 @@ from sparsetune.trainer import Metrics
 
 POLL_SECONDS = 20.0  # how long an answer may take; the trial then asks again, which shows it lives
 LEASE_SECONDS = 90.0  # a trial that asked nothing for so long has lost its process
-PATIENCE_SECONDS = 2.0  # how long the next epoch waits for trials that have not asked for it
+PATIENCE_SECONDS = 2.0  # how long the next epoch waits for trials that are undecided
+AHEAD = 2  # epochs that may be trained before a trial has reported the first of them
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Place:
     settings: TrialSettings
     folder: Path
     save_every: int
+    decisions: frozenset[int]  # epochs after which the scheduler may stop the trial
     suspect: bool  # it was there when engines died, so it is trained alone until it has an epoch
     arrived: asyncio.Event
     records: list[Metrics] = field(default_factory=list)
@@ -60,6 +62,12 @@ class Place:
         return bool(
             self.error or (last and (last["diverged"] or last["epoch"] >= self.settings.epochs))
         )
+
+    @property
+    def undecided(self) -> bool:
+        """Is the next epoch to wait for what the trial has to say of the last ones?"""
+        epoch = len(self.records)
+        return self.asked < epoch and (epoch in self.decisions or self.asked < epoch - AHEAD)
 
     @property
     def alone(self) -> Path:
@@ -91,7 +99,13 @@ class Engine:
     # What trials call ----------------------------------------------------------------------------
 
     async def attach(
-        self, key: str, config: dict[str, Any], folder: str, save_every: int, suspect: bool
+        self,
+        key: str,
+        config: dict[str, Any],
+        folder: str,
+        save_every: int,
+        decisions: list[int],
+        suspect: bool,
     ) -> int:
         """A trial enters at the next epoch; an older attachment of it leaves. Returns its token."""
         self._loop = asyncio.get_running_loop()
@@ -99,7 +113,14 @@ class Engine:
         with self._changed:
             self._tokens += 1
             self._places[key] = Place(
-                key, self._tokens, settings, Path(folder), save_every, suspect, asyncio.Event()
+                key,
+                self._tokens,
+                settings,
+                Path(folder),
+                save_every,
+                frozenset(decisions),
+                suspect,
+                asyncio.Event(),
             )
             self._changed.notify_all()
             return self._tokens
@@ -159,7 +180,7 @@ class Engine:
                 self._advance(pool)
 
     def _gather(self) -> dict[str, Place]:
-        """Who is here for the next epoch, once there is anyone and all inside have spoken."""
+        """Who is here for the next epoch, once there is anyone and nobody inside is undecided."""
         patience = time.monotonic() + PATIENCE_SECONDS
         with self._changed:
             while True:
@@ -170,7 +191,7 @@ class Engine:
                 waiting = [
                     place
                     for key, place in self._inside.items()
-                    if self._places.get(key) is place and place.asked < len(place.records)
+                    if self._places.get(key) is place and place.undecided
                 ]
                 if any(not place.over for place in self._places.values()) and (
                     not waiting or now > patience
