@@ -443,7 +443,7 @@ def _check_members(members: list[Member]) -> None:
                 trial = member.trial_settings(params, fixed)
                 _check_trial(trial, dataset)
                 if settings.engine not in ("auto", "solo"):
-                    engine_choice(member, trial)
+                    engine_choice(member, dataset, trial)
             _check_constraint(member, dataset)
         except ValueError as error:
             raise ValueError(f"{error} [{member.name}]") from error
@@ -473,13 +473,15 @@ def _check_constraint(member: Member, dataset: data.Dataset) -> None:
             )
 
 
-def engine_choice(member: Member, settings: TrialSettings | None = None) -> Choice:
+def engine_choice(
+    member: Member, dataset: data.Dataset, settings: TrialSettings | None = None
+) -> Choice:
     """What `engine` comes to on this machine, for these settings or those all trials share.
 
     ValueError where the engine that was asked for cannot train them.
     """
     device = choose_device("auto" if member.settings.ray.address else member.settings.device)
-    setup = prepare(settings or member.trial_settings({}, {}), device)
+    setup = prepare(settings or member.trial_settings({}, {}), device, dataset)
     return choose(member.settings.engine, setup)
 
 

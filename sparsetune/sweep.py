@@ -22,6 +22,7 @@ from typing import Any
 from sparsetune import config
 from sparsetune.alone import epochs
 from sparsetune.cluster import check_address, tune_all
+from sparsetune.data import Dataset
 from sparsetune.data import load as load_data
 from sparsetune.engine.pool import Choice
 from sparsetune.member import Member, Scheduling, Sweep, check_machine, engine_choice
@@ -271,7 +272,13 @@ def run(members: list[OpenMember]) -> int:
 
 def _engines(members: list[OpenMember]) -> list[Choice]:
     """Of each member, and a line for each that differs."""
-    choices = [engine_choice(one.member) for one in members]
+    datasets: dict[str, Dataset] = {}  # most sweeps have one, and reading it takes a while
+    choices = []
+    for one in members:
+        settings = one.member.settings.data
+        if repr(settings) not in datasets:
+            datasets[repr(settings)] = load_data(settings)
+        choices.append(engine_choice(one.member, datasets[repr(settings)]))
     for choice in dict.fromkeys(choices):
         names = [o.member.name for o, c in zip(members, choices, strict=True) if c == choice]
         print(f"Engine for {', '.join(names)}: {choice.name} ({choice.reason}).", file=sys.stderr)
