@@ -1,15 +1,18 @@
 """Trials trained together against trials trained one by one: trial-epochs per second, interleaved.
 
 `python scripts/bench_engine.py [--data FOLDER] [--slots 16 32] [--density 0.1 0.05 0.02]
-[--groups 1] [--method set] [--repeats 5] [--limit 0] [--device cuda]`: LeNet-300-100 on MNIST
-(FOLDER holds its parquet files; without it random images of that shape), batch 128, SGD with
-momentum and weight decay, another learning rate in each slot.
+[--groups 1] [--method set] [--model lenet300100] [--repeats 5] [--limit 0]`: MNIST (FOLDER holds
+its parquet files; without it random images of that shape), batch 128, SGD with momentum and weight
+decay, another learning rate in each slot.
 
 Two processes of one thread each, which stand for the two cores of a small machine, train whole
 epochs at the same time, with topology updates and validation: first a solo trial each
 (`trainer.train_epoch`), then, in turn, a pool of each backend with so many slots each. The ratio is
 that of trial-epochs per second within one repeat; its median and range are printed. Needs torch
 and this repository alone.
+
+On a GPU: `--device cuda --processes 1 --beside 10 --backends stacked --slots 1 64 512`. A pool of
+one slot is solo with CUDA graphs; `--beside` adds so many solo trainers side by side.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Variant(NamedTuple):
     backend: str
     slots: int
     density: float
+    processes: int
 
 
 def dataset(options: argparse.Namespace) -> data.Dataset:
@@ -64,7 +68,7 @@ def filled(variant: Variant, options: argparse.Namespace, source: data.Dataset) 
             density=variant.density,
             epochs=10**4,
             order_seed=slot % options.groups,
-            model=ModelSettings(name="lenet300100"),
+            model=ModelSettings(name=options.model),
             optimizer=OptimizerSettings(lr=0.05 + 0.001 * slot),
         )
         backend.attach(slot, trainer.prepare(settings, torch.device(options.device), source), None)
@@ -88,7 +92,8 @@ def serve(connection: Connection, options: argparse.Namespace) -> None:
         connection.send(time.perf_counter() - began)
 
 
-def trial_epochs_per_second(connections: list[Connection], variant: Variant) -> float:
+def trial_epochs_per_second(everybody: list[Connection], variant: Variant) -> float:
+    connections = everybody[: variant.processes]
     for connection in connections:
         connection.send(variant)
     for connection in connections:
@@ -110,13 +115,15 @@ def main() -> None:
     parser.add_argument("--method", default="set")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=int, default=0, help="training images; 0: all")
+    parser.add_argument("--model", default="lenet300100", choices=["lenet300100", "lenet5"])
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--beside", type=int, default=0, help="solo trainers to compare with, too")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
     context = multiprocessing.get_context("spawn")
     connections, processes = [], []
-    for _ in range(options.processes):
+    for _ in range(max(options.processes, options.beside)):
         ours, theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(theirs, options), daemon=True))
         processes[-1].start()
@@ -125,10 +132,14 @@ def main() -> None:
     ratios: dict[Variant, list[float]] = {}
     for _ in range(options.repeats):
         for density in options.density:
-            solo = Variant("solo", 1, density)
+            solo = Variant("solo", 1, density, options.processes)
             packed = [
-                Variant(b, slots, density) for b in options.backends for slots in options.slots
+                Variant(b, slots, density, options.processes)
+                for b in options.backends
+                for slots in options.slots
             ]
+            if options.beside:
+                packed.append(Variant("solo", 1, density, options.beside))
             base = trial_epochs_per_second(connections, solo)
             rates.setdefault(solo, []).append(base)
             for variant in packed:
@@ -146,17 +157,16 @@ def main() -> None:
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor()
     print(f"{where}, {os.cpu_count()} cores; torch {torch.__version__}")
     print(
-        f"LeNet-300-100, {images} less a tenth held out, batch 128, {options.method}; "
-        f"{options.processes} processes of 1 thread, {options.groups} group(s) of batches; "
-        f"median of {options.repeats} repeats"
+        f"{options.model}, {images} less a tenth held out, batch 128, {options.method}; "
+        f"{options.groups} group(s) of batches; median of {options.repeats} repeats"
     )
     print(
-        f"{'backend':8} {'slots':>5} {'density':>7} {'trial-epochs/s':>14} {'ratio':>6} "
-        f"{'range':>13} {'at least':>8} {'aim':>5}"
+        f"{'backend':8} {'processes':>9} {'slots':>5} {'density':>7} {'trial-epochs/s':>14} "
+        f"{'ratio':>6} {'range':>13} {'at least':>8} {'aim':>5}"
     )
-    for variant in sorted(rates, key=lambda v: (-v.density, v.slots)):
+    for variant in sorted(rates, key=lambda v: (-v.density, v.processes, v.slots)):
         line = (
-            f"{variant.backend:8} {variant.slots:5} {variant.density:7g} "
+            f"{variant.backend:8} {variant.processes:9} {variant.slots:5} {variant.density:7g} "
             f"{statistics.median(rates[variant]):14.2f}"
         )
         if variant in ratios:

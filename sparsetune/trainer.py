@@ -131,6 +131,11 @@ def update_schedule(method: Method, settings: TrialSettings) -> UpdateSchedule:
     for name, share in (("first", schedule.first), ("stop", schedule.stop)):
         if not 0 <= share <= 1:
             raise ValueError(f"update.{name}: {share} is no share of training from 0 to 1")
+    if schedule.first > schedule.stop:
+        raise ValueError(
+            f"update.first: {schedule.first} comes after update.stop, {schedule.stop}, so the "
+            "topology would never change; give a smaller one, or use the space static"
+        )
     return schedule
 
 

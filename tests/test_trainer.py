@@ -716,3 +716,11 @@ def test_initial_weights_and_masks_follow_the_seed_alone() -> None:
     other = begun(trial("set", seed=8))[1]
     assert not torch.equal(other.masks["fc1.weight"], ours.masks["fc1.weight"])
     assert models.weights(begun(trial("set"))[0].model).keys() == ours.masks.keys()
+
+
+def test_a_schedule_without_any_update_is_refused() -> None:
+    """RigL's own stop is 0.75; set may begin late, for its stop is 1."""
+    late = trial("rigl", update=UpdateSettings(first=0.8))
+    with pytest.raises(ValueError, match=r"update\.first: 0\.8 comes after update\.stop, 0\.75"):
+        trainer.prepare(late, CPU)
+    trainer.prepare(trial("set", update=UpdateSettings(first=0.8)), CPU)

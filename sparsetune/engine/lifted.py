@@ -26,7 +26,6 @@ from sparsetune.methods.contract import Layers
 from sparsetune.methods.update import Keys, lifted_update, update_keys
 from sparsetune.trainer import Metrics, Setup, TrialState
 
-SMALLEST = 8
 WARM_UP = 3  # calls before a graph is captured, as in PyTorch's manual
 
 
@@ -38,8 +37,8 @@ class Held(NamedTuple):
 
 
 def padded(slots: int) -> int:
-    """K: 8, 16, 32, ..., so that few sizes of graphs and kernels exist."""
-    return max(SMALLEST, 1 << (slots - 1).bit_length())
+    """K: 1, 2, 4, ..., so that few sizes of graphs and kernels exist."""
+    return 1 << (slots - 1).bit_length()
 
 
 class Lifted:

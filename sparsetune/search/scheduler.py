@@ -43,12 +43,13 @@ class JournalScheduler(FIFOScheduler):
         self._searcher = searcher
         self._epochs = epochs
         self._arrivals: dict[str, int] = {}
-        self._rungs: dict[str, _Rungs] = {}
+        self._rungs: dict[str, Rungs] = {}
         for name, search in searcher.searches.items():
             self._end_what_is_over(search)
             if asha is not None:
-                self._rungs[name] = _Rungs(search, epochs, asha)
-                self._rungs[name].replay()
+                self._rungs[name] = Rungs(search, epochs, asha)
+                for difference in self._rungs[name].replay():
+                    logger.warning("%s; the first holds", difference)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._arrivals[trial.trial_id] = len(self._arrivals)
@@ -137,7 +138,7 @@ class JournalScheduler(FIFOScheduler):
         return {}
 
 
-class _Rungs:
+class Rungs:
     """A member's ASHA, which knows trials by our numbers."""
 
     def __init__(self, search: MemberSearch, epochs: int, asha: Asha) -> None:
@@ -168,9 +169,10 @@ class _Rungs:
             self._asha.on_trial_add(controller, stand_in)
         return self._asha.on_trial_result(controller, stand_in, metrics)
 
-    def replay(self) -> None:
-        """Reports in the order in which they came, without those that ASHA was not asked about."""
-        record = self._search.record
+    def replay(self) -> list[str]:
+        """Reports in the order in which they came, without those that ASHA was not asked about;
+        a line for each decision that comes out otherwise, which none does."""
+        record, differences = self._search.record, []
         for number, epoch in record.order:
             trial = record.trials[number]
             if trial.status in ("finished", "diverged") and epoch == len(trial.reports):
@@ -178,14 +180,11 @@ class _Rungs:
             _, metrics, decision = trial.reports[epoch - 1]
             again = self.ask(number, metrics)
             if again != decision:
-                logger.warning(
-                    "%s: trial %d, epoch %d: ASHA said %s then and says %s now; the first holds",
-                    self._search.member.name,
-                    number,
-                    epoch,
-                    decision,
-                    again,
+                differences.append(
+                    f"{self._search.member.name}: trial {number}, epoch {epoch}: ASHA said "
+                    f"{decision} then and says {again} now"
                 )
+        return differences
 
 
 def own_metrics(result: dict[str, Any]) -> dict[str, float]:
