@@ -323,6 +323,60 @@ def test_online_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_a_server_that_is_busy_gets_each_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "30")  # tracking's own
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        server.busy = 3
+        ours = tracker(tmp_path, "auto")
+        begun = time.monotonic()
+        for number in range(3):
+            replay(ours, number)
+        assert time.monotonic() - begun < 1.0  # the driver does not wait
+        ours.close()
+        assert server.busy == 0
+        assert ours.problems == []
+        assert [run.steps for run in server.runs.values()] == 3 * [list(range(1, 9))]
+        wandb.teardown()
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_midway_is_caught_up_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        ours = tracker(tmp_path, "auto")
+        start(ours)
+        log(ours, 0, range(1, 5))
+        deadline = time.monotonic() + 30
+        while not server.runs or len(next(iter(server.runs.values())).steps) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        server.away = True
+        log(ours, 0, range(5, 9))
+        replay(ours, 1)
+        ours.close()
+        assert ours.problems
+        assert ours.recorded(MEMBER, 0) == ""  # so that a resume replays it
+        wandb.teardown()
+        server.away = False
+        ours = tracker(tmp_path, "auto")
+        replay(ours)
+        replay(ours, 1)
+        ours.close()
+        first = server.runs[run_id("5w33p", MEMBER, 0)]
+        assert first.steps == list(range(1, 9))
+        assert first.summary["status"] == "finished"
+        wandb.teardown()
+
+
+@pytest.mark.slow
 def test_sync_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several runs, one of them in three files after two kills: all rows arrive, once."""
     folder = tmp_path / "with a space"

@@ -37,6 +37,8 @@ class WandbServer:
     def __init__(self) -> None:
         self.runs: dict[str, ServerRun] = {}
         self.operations: list[str] = []
+        self.busy = 0  # so many of the next uploads of rows are answered 429
+        self.away = False  # nobody is answered
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -57,15 +59,21 @@ class WandbServer:
                 return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
 
             def answer(self) -> None:
-                data = self.body()
+                data, status = self.body(), 200
+                if server.away:
+                    self.close_connection = True
+                    return
                 if self.path.startswith("/graphql"):
                     reply = server.graphql(json.loads(data))
                 elif match := re.fullmatch(r"/files/[^/]*/[^/]*/([^/]+)/file_stream", self.path):
-                    reply = server.file_stream(match[1], json.loads(data or b"{}"))
+                    if server.busy:
+                        server.busy, status, reply = server.busy - 1, 429, {"error": "rate limit"}
+                    else:
+                        reply = server.file_stream(match[1], json.loads(data or b"{}"))
                 else:
                     reply = {}
                 content = json.dumps(reply).encode()
-                self.send_response(200)
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
