@@ -4,12 +4,14 @@
 up to 8 epochs, ASHA, SET at 95 % sparsity, MNIST, LeNet-300-100, offline W&B; from the start of the
 command to its end, Ray's start included. The variants run one after another for each seed. Printed
 beside the time: trial-epochs trained, the best accuracy among trials that were trained to the end,
-seconds to the first result, and how many places were filled over the middle half of the sweep.
+seconds to the first result, how many slots were in use over the middle half of the sweep, and how
+many epochs were under way at once, of both engines together.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import statistics
@@ -38,30 +40,42 @@ def ours(engine: str, options: argparse.Namespace, seed: int, folder: Path) -> d
     reports = [event for event in events if event["type"] == "report"]
     finished = {e["number"] for e in events if e["type"] == "end" and e["status"] == "finished"}
     last = {event["number"]: event["metrics"] for event in reports}
+    filled, epochs = occupancy(events)
     return {
         "seconds": seconds,
         "epochs": len(reports),
         "best": max(last[number]["val/accuracy"] for number in finished),
         "first": reports[0]["time"] - began,
-        "filled": filled(events),
+        "filled": filled,
+        "epochs at once": epochs,
     }
 
 
-def filled(events: list[journal.Event]) -> float:
-    """Trials under way, the mean over the middle half of the time between the first suggestion and
-    the last end."""
-    marks = sorted(
-        (event["time"], 1 if event["type"] == "suggest" else -1)
-        for event in events
-        if event["type"] in ("suggest", "end")
-    )
-    begin, end = marks[0][0], marks[-1][0]
-    low, high = begin + (end - begin) / 4, end - (end - begin) / 4
-    area, live, since = 0.0, 0, begin
-    for moment, change in marks:
-        area += live * max(0.0, min(moment, high) - max(since, low))
-        live, since = live + change, moment
-    return area / (high - low)
+def occupancy(events: list[journal.Event]) -> tuple[float, float]:
+    """Slots in use, and epochs under way at once (of all engines together): means over the middle
+    half of the time between the first suggestion and the last end.
+
+    A trial is in its slot from one epoch's usual time before its first report; before that its
+    process starts, or it waits to begin with others.
+    """
+    times: dict[int, list[float]] = {}
+    for event in events:
+        if event["type"] == "report":
+            times.setdefault(event["number"], []).append(event["time"])
+    gaps = [b - a for each in times.values() for a, b in itertools.pairwise(each)]
+    usual = statistics.median(gaps)
+    begin = min(event["time"] for event in events if event["type"] == "suggest")
+    end = max(event["time"] for event in events if event["type"] == "end")
+    moments = [begin + (end - begin) * (0.25 + 0.5 * n / 1000) for n in range(1000)]
+    filled, epochs = 0, 0
+    for moment in moments:
+        done = [
+            sum(time <= moment for time in each)
+            for each in times.values()
+            if each[0] - usual <= moment < each[-1]
+        ]
+        filled, epochs = filled + len(done), epochs + len(set(done))
+    return filled / len(moments), epochs / len(moments)
 
 
 def plain(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, float]:
@@ -90,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     options.data = str(Path(options.data).resolve())
     print(f"{os.cpu_count()} cores, {platform.machine()}; Python {platform.python_version()}")
-    print("seed  variant  seconds  trial-epochs  best     first s  filled")
+    print("seed  variant  seconds  trial-epochs  best     first s  slots used  epochs at once")
     times: dict[str, list[float]] = {name: [] for name in options.variants}
     for seed in range(options.seeds):
         for name in options.variants:
@@ -101,7 +115,11 @@ def main() -> None:
                     else ours(name, options, seed, Path(folder))
                 )
             times[name].append(got["seconds"])
-            shown = f"{got['first']:7.1f}  {got['filled']:6.1f}" if "first" in got else ""
+            shown = (
+                f"{got['first']:7.1f}  {got['filled']:10.1f}  {got['epochs at once']:14.1f}"
+                if "first" in got
+                else ""
+            )
             print(
                 f"{seed:4}  {name:7}  {got['seconds']:7.0f}  {got['epochs']:12.0f}  "
                 f"{got['best']:.4f}  {shown}",

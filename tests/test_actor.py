@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ import pytest
 import ray
 
 from sparsetune import checkpoint
+from sparsetune.engine.actor import Place, wait_for_company
 from sparsetune.settings import ModelSettings, TrainSettings, TrialSettings, to_dict
 from sparsetune.trial import EngineActor
 
@@ -20,6 +22,7 @@ EPOCHS = 3
 # A network that ends its process, or raises, in the first epoch of trials with a learning rate
 # above 1. (The rate reaches the weights, so it is told by what the weights have become.)
 POISON = """
+import asyncio
 import os
 import torch
 from torch import nn
@@ -222,3 +225,25 @@ def test_a_poison_trial_fails_and_the_others_do_not(
     expected = "a bad network" if kind == "raise" else "killed its engine"
     assert expected in failed["poison"]
     assert losses(trials["a"].records) == losses(trials["b"].records)
+
+
+def test_trials_wait_for_company_where_many_epochs_are_under_way() -> None:
+    """16 slots: four trials are company. A trial of 8 epochs waits for two at most."""
+
+    def place(epochs_done: int, waited: int = 0) -> Place:
+        records = [{"epoch": float(n)} for n in range(epochs_done)]
+        settings = TrialSettings(epochs=8)
+        given = ("x", 1, settings, Path(), 1, frozenset[int](), False, asyncio.Event())
+        return Place(*given, records=records, waited=waited)
+
+    one, four = [place(0)], [place(0) for _ in range(4)]
+    two_epochs = [place(n % 2) for n in range(12)]
+    three_epochs = [place(n % 3) for n in range(12)]
+    assert not wait_for_company(one, two_epochs, 16)
+    assert wait_for_company(one, three_epochs, 16)
+    assert wait_for_company(one, three_epochs + three_epochs[:3], 16)
+    assert not wait_for_company(four, three_epochs, 16)
+    # Four wait, but one slot is free.
+    assert wait_for_company(four, three_epochs + three_epochs[:3], 16)
+    assert wait_for_company([place(0, waited=1)], three_epochs, 16)
+    assert not wait_for_company([place(0, waited=2)], three_epochs, 16)
