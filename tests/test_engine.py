@@ -78,8 +78,30 @@ def test_a_pool_refuses_what_does_not_fit() -> None:
     pool.attach("a", settings("set", 1))  # the same trial again takes its own slot
     pool.detach("a")
     with pytest.raises(ValueError, match="use another pool"):
-        pool.attach("c", settings("dsr"))
+        pool.attach("c", dataclasses.replace(settings("set"), model=ModelSettings(widths=[5])))
+    with pytest.raises(ValueError, match="csr cannot train this: method: dst begins dense"):
+        pool.attach("c", settings("dst"))
     assert len(pool) == 0 and pool.advance() == {}
+
+
+def test_a_csr_pool_holds_all_methods_that_it_can_train() -> None:
+    """Beside others, each trial is what it is alone in a pool, to the last bit."""
+    trials = [
+        settings("set"),
+        dataclasses.replace(settings("set", 1), variant={"prune": "magnitude"}),
+        dataclasses.replace(settings("static"), dense_layers=["last"]),
+        settings("dsr"),
+        settings("rigl"),
+    ]
+    trials = [dataclasses.replace(each, density=0.2) for each in trials]
+    pool = Pool(8, "cpu")
+    for number, each in enumerate(trials):
+        pool.attach(number, each)
+    assert pool.choice is not None and pool.choice.name == "csr"
+    together = [pool.advance() for _ in range(3)]
+    for number, each in enumerate(trials):
+        (by_itself,) = train([each], slots=1, device="cpu")
+        assert without_time([epoch[number] for epoch in together]) == without_time(by_itself)
 
 
 def test_a_trial_moves_between_pools() -> None:

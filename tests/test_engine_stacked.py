@@ -403,7 +403,7 @@ def test_networks_with_dropout() -> None:
 
 
 def test_graphs_come_in_few_sizes() -> None:
-    assert [padded(slots) for slots in (1, 8, 9, 16, 33, 64)] == [8, 8, 16, 16, 64, 64]
+    assert [padded(slots) for slots in (1, 3, 8, 9, 33, 64)] == [1, 4, 8, 16, 64, 64]
 
 
 # Without constant columns ------------------------------------------------------------------------

@@ -27,7 +27,8 @@ import torch
 
 from sparsetune import checkpoint
 from sparsetune.checkpoint import Snapshot
-from sparsetune.engine.pool import Pool, structure
+from sparsetune.data import Dataset
+from sparsetune.engine.pool import Pool, choose, prepare, structure
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import TrialSettings, from_dict
 from sparsetune.trainer import Metrics
@@ -61,6 +62,7 @@ class Place:
     error: str = ""  # a traceback: this trial cannot be trained
     parked: Snapshot | None = None  # where it is while another one is trained alone
     waited: int = 0  # epochs of the others, for company
+    structure: str = ""  # of its pool; "" until it is known
 
     @property
     def over(self) -> bool:
@@ -106,7 +108,8 @@ class Engine:
         self._device, self._engine, self._slots, self._share = device, engine, slots, share
         self._places: dict[str, Place] = {}
         self._inside: dict[str, Place] = {}  # in a pool
-        self._pools: dict[str, Pool] = {}
+        self._pools: dict[str, Pool] = {}  # by structure
+        self._datasets: dict[str, Dataset] = {}
         self._tokens = 0
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -182,7 +185,8 @@ class Engine:
             for key, place in list(self._inside.items()):
                 if here.get(key) is not place:
                     self._take_out(place)
-            entering = [p for key, p in here.items() if key not in self._inside and not p.over]
+            entering = [p for key, p in here.items() if key not in self._inside]
+            entering = [p for p in entering if not p.over and self._knows_pool_of(p)]
             suspects = [p for p in here.values() if p.suspect and not p.over]
             if suspects:
                 for place in list(self._inside.values()):
@@ -217,17 +221,30 @@ class Engine:
                     return dict(self._places)
                 self._changed.wait(0.05 if waiting else 1.0)
 
+    def _knows_pool_of(self, place: Place) -> bool:
+        """False, and told to the trial, where its settings fit none."""
+        if not place.structure:
+            try:
+                setup = prepare(place.settings, self._device, self._datasets)
+                backend = choose(self._engine, setup).name
+                place.structure = structure(place.settings, backend)
+            except Exception:  # noqa: BLE001 - whatever it is, it is this trial's, and it is told
+                self._tell(place, error=traceback.format_exc())
+        return bool(place.structure)
+
     def _pool_of(self, place: Place) -> Pool:
-        shared = structure(place.settings)
-        if shared not in self._pools:
-            self._pools[shared] = Pool(self._slots, self._device, self._engine, self._share)
-        return self._pools[shared]
+        if place.structure not in self._pools:
+            pool = Pool(self._slots, self._device, self._engine, self._share, self._datasets)
+            self._pools[place.structure] = pool
+        return self._pools[place.structure]
 
     def _in_company(self, waiting: list[Place]) -> list[Place]:
         """Those of them that enter now; see `wait_for_company`."""
-        entering = []
-        for pool in {id(pool): pool for pool in map(self._pool_of, waiting)}.values():
-            these = [place for place in waiting if self._pool_of(place) is pool]
+        entering, of_a_pool = [], dict[str, list[Place]]()
+        for place in waiting:
+            of_a_pool.setdefault(place.structure, []).append(place)
+        for these in of_a_pool.values():
+            pool = self._pool_of(these[0])
             inside = [place for key, place in self._inside.items() if key in pool]
             shares_batches = pool.choice is not None and pool.choice.name == "csr"
             if shares_batches and wait_for_company(these, inside, pool.slots):

@@ -115,28 +115,49 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def structure(settings: TrialSettings) -> str:
-    """What all trials of a pool share, as text: everything that is no number of one trial."""
+def structure(settings: TrialSettings, backend: str) -> str:
+    """What trials must have in common to share a pool of this backend, as text.
+
+    csr trains them by one step, whatever their method: a method acts on a trial's own values, at
+    updates. The others run the method's code for all slots in every step.
+    """
     whole = to_dict(settings)
     optimizer = {key: whole["optimizer"][key] for key in ("name", "nesterov")}
-    shared = ("method", "variant", "dense_layers", "data", "model", "train")
-    return json.dumps({key: whole[key] for key in shared} | {"optimizer": optimizer})
+    shared = ["data", "model", "train"]
+    shared += [] if backend == "csr" else ["method", "variant", "dense_layers"]
+    common = {key: whole[key] for key in shared}
+    return json.dumps({"backend": backend, "optimizer": optimizer} | common)
+
+
+def prepare(settings: TrialSettings, device: str, datasets: dict[str, data.Dataset]) -> Setup:
+    """`trainer.prepare`, with data that are read and moved to the device once: `datasets` is looked
+    at and added to."""
+    key = json.dumps(to_dict(settings)["data"])
+    setup = trainer.prepare(settings, trainer.choose_device(device), datasets.get(key))
+    datasets[key] = setup.dataset
+    return setup
 
 
 class Pool:
-    """`slots` places for trials of one structure, that of the first one attached; fewer where
-    `share` of the device's free memory does not hold as many."""
+    """`slots` places for trials that one backend trains together, that of the first one attached;
+    fewer where `share` of the device's free memory does not hold as many."""
 
     def __init__(
-        self, slots: int, device: str = "auto", engine: str = "auto", share: float = 0.8
+        self,
+        slots: int,
+        device: str = "auto",
+        engine: str = "auto",
+        share: float = 0.8,
+        datasets: dict[str, data.Dataset] | None = None,
     ) -> None:
+        """`datasets`: what other pools of this process have read, for `prepare`."""
         self.slots = slots
         self._share = share
         self.choice: Choice | None = None
-        self._device = trainer.choose_device(device)
+        self._device = device
         self._engine = engine
         self._structure = ""
-        self._dataset: data.Dataset | None = None
+        self._datasets = {} if datasets is None else datasets
         self._backend: Backend | None = None
         self._held: dict[Hashable, tuple[int, Setup]] = {}
 
@@ -158,18 +179,19 @@ class Pool:
             self.detach(key)
         if len(self) == self.slots:
             raise ValueError(f"all {self.slots} slots are taken; detach a trial first")
-        if self._structure not in ("", structure(settings)):
+        setup = prepare(settings, self._device, self._datasets)
+        choice = choose(self.choice.name if self.choice else self._engine, setup)
+        shared = structure(settings, choice.name)
+        if self._structure not in ("", shared):
             raise ValueError(
-                f"{structure(settings)} does not fit this pool, whose trials share "
-                f"{self._structure}; use another pool"
+                f"{shared} does not fit this pool, whose trials share {self._structure}; use "
+                "another pool"
             )
-        setup = trainer.prepare(settings, self._device, self._dataset)
         if self._backend is None:
-            self.choice = choose(self._engine, setup)
-            room = self._share * free_bytes(self._device) / slot_bytes(self.choice, setup)
+            room = self._share * free_bytes(setup.device) / slot_bytes(choice, setup)
             self.slots = max(1, min(self.slots, int(room)))
-            self._backend = self.choice.make(self.slots)
-            self._structure, self._dataset = structure(settings), setup.dataset
+            self._backend = choice.make(self.slots)
+            self._structure, self.choice = shared, choice
         taken = {slot for slot, _ in self._held.values()}
         slot = next(number for number in range(self.slots) if number not in taken)
         if isinstance(start, TrialState):
@@ -207,15 +229,18 @@ def train(
 
     Trials may differ in structure: there is one pool for each, one after another.
     """
-    trials = list(trials)
+    trials, datasets = list(trials), dict[str, data.Dataset]()
     records: list[list[Metrics]] = [[] for _ in trials]
-    for shared in dict.fromkeys(map(structure, trials)):
-        pool = Pool(slots, device, engine)
-        waiting = [n for n, settings in enumerate(trials) if structure(settings) == shared]
-        while waiting or len(pool):
-            while waiting and len(pool) < pool.slots:
-                pool.attach(waiting[0], trials[waiting[0]])
-                waiting.pop(0)
+    waiting: dict[str, list[int]] = {}
+    for number, settings in enumerate(trials):
+        choice = choose(engine, prepare(settings, device, datasets))
+        waiting.setdefault(structure(settings, choice.name), []).append(number)
+    for numbers in waiting.values():
+        pool = Pool(slots, device, engine, datasets=datasets)
+        while numbers or len(pool):
+            while numbers and len(pool) < pool.slots:
+                pool.attach(numbers[0], trials[numbers[0]])
+                numbers.pop(0)
             for key, metrics in pool.advance().items():
                 assert isinstance(key, int)
                 records[key].append(metrics)
