@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: makes .venv with exact versions, once.
+# Sourced by quickstart.sh, test.sh and .ci/run: makes environments with exact versions, once.
 # Usage: setup_venv EXTRAS   (as "" or "[dev]")
 setup_venv() {
   local extras=$1 python=${PYTHON:-python3} stamp
@@ -15,5 +15,16 @@ setup_venv() {
     --constraint constraints.txt "torch==$(sed -n 's/^torch==//p' constraints.txt)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --editable ".$extras"
+  touch "$stamp"
+}
+
+# The S3 server of the tests, apart from .venv because it asks for older packages than we do.
+# Without it those tests are skipped.
+setup_moto() {
+  local stamp=.venv-moto/installed-5.2.5
+  [ -e "$stamp" ] && return
+  "${PYTHON:-python3}" -m venv .venv-moto
+  .venv-moto/bin/python -m pip install --quiet --disable-pip-version-check \
+    "moto[s3]==5.2.5" flask flask-cors
   touch "$stamp"
 }

@@ -18,6 +18,7 @@ import torch
 
 from sparsetune import checkpoint, data, trainer
 from sparsetune.config import trial_settings
+from sparsetune.files import Trouble, give_up, insist
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import DataSettings, TrialSettings, from_dict
 from sparsetune.trainer import Metrics
@@ -36,17 +37,24 @@ def setup_of(settings: TrialSettings, device: str) -> trainer.Setup:
 
 
 def epochs(
-    settings: TrialSettings, device: str, folder: Path, save_every: int
+    settings: TrialSettings,
+    device: str,
+    folder: Path,
+    save_every: int,
+    trouble: Trouble = give_up,
 ) -> Iterator[Metrics]:
-    """Records of all epochs of a trial that checkpoints in `folder`; ends early if it diverges."""
+    """Records of all epochs of a trial that checkpoints in `folder`; ends early if it diverges.
+
+    `trouble` is told of each OSError of the folder (`files.insist`)."""
     setup = setup_of(settings, device)
-    state, records = checkpoint.restore(setup, folder)
+    state, records = insist(lambda: checkpoint.restore(setup, folder), trouble)
     yield from records
     while state.epoch < settings.epochs and not state.diverged:
         state, metrics = trainer.train_epoch(setup, state)
         records = [*records, metrics]
         if state.epoch % save_every == 0 or state.epoch == settings.epochs or state.diverged:
-            checkpoint.save(folder, checkpoint.encode(state), records)
+            snapshot = checkpoint.encode(state)
+            insist(functools.partial(checkpoint.save, folder, snapshot, records), trouble)
         yield metrics
 
 

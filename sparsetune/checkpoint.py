@@ -9,7 +9,6 @@ making a `TrialState`. Files hold tensors, numbers and strings only and load wit
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsetune import optim, trainer
+from sparsetune.files import write_whole
 from sparsetune.trainer import Metrics, Setup, TrialState
 
 FORMAT = 1
@@ -119,15 +119,8 @@ def save(folder: Path, snapshot: Snapshot, records: list[Metrics]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     epoch = snapshot["counts"]["epoch"]
     path = folder / f"e{epoch:04d}.pt"
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with scratch.open("wb") as file:
-            torch.save({**snapshot, "records": records}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with write_whole(path) as file:
+        torch.save({**snapshot, "records": records}, file)
     for older in saved_epochs(folder):
         if older < epoch:
             (folder / f"e{older:04d}.pt").unlink(missing_ok=True)
@@ -149,7 +142,8 @@ def newest(folder: Path) -> tuple[Snapshot | None, list[Metrics]]:
         return None, []
     path = folder / f"e{epochs[-1]:04d}.pt"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
         return saved, saved.pop("records")
     except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(

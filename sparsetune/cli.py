@@ -22,11 +22,12 @@ WORDS = click.argument("words", nargs=-1, type=click.UNPROCESSED)
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the program with status 2 where the code within finds fault with what the user gave."""
+    from sparsetune.files import StorageAway
     from sparsetune.search.lock import SweepHeld
 
     try:
         yield
-    except (ValueError, SweepHeld) as error:
+    except (ValueError, SweepHeld, StorageAway) as error:
         click.echo(f"sparsetune: {error}", err=True)
         sys.exit(2)
 
@@ -85,12 +86,17 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
 def _run(members: list[Any]) -> int:
     from sparsetune import sweep
     from sparsetune.cluster import ClusterError
+    from sparsetune.files import StorageAway
+    from sparsetune.search.lock import SweepHeld
 
     try:
         return sweep.run(members)
-    except ClusterError as error:
+    except (ClusterError, SweepHeld, StorageAway) as error:
         click.echo(f"sparsetune: {error}", err=True)
-        return 2
+        if isinstance(error, StorageAway):
+            click.echo(f"Go on by: {sweep.resume_command(members[0].folder.parent)}", err=True)
+            return 130
+        return 2 if isinstance(error, ClusterError) else 1
 
 
 def _preview(resolved: Any) -> str:

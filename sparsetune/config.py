@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsetune.data import AUGMENTS
+from sparsetune.files import SCHEME, place
 from sparsetune.imports import suggestion
 from sparsetune.methods import METHODS
 from sparsetune.methods.distribution import DISTRIBUTIONS
@@ -166,7 +167,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "epoch, or a number of steps",
         lambda value: value in (None, "epoch") or (_whole(value) and value >= 1),
     ),
-    "storage": ("a folder's path", lambda value: bool(value)),
+    "storage": ("a folder's path or s3://BUCKET/PATH", lambda value: bool(value)),
     "scheduler.reduction": (
         "above 1, up to 3: ASHA that keeps less than a third at an early look "
         "drops settings that would have won",
@@ -486,9 +487,13 @@ def check_name(name: str) -> None:
 
 
 def storage_folder(storage: str) -> Path:
-    """The folder that holds sweeps; ValueError for what can be none."""
+    """The folder (or the s3:// prefix) that holds sweeps; ValueError for what can be none."""
+    if storage.startswith(SCHEME) and storage[len(SCHEME) :].strip("/"):
+        return place(storage.rstrip("/"))
     if "://" in storage:
-        raise ValueError(f"storage: '{storage}' is no folder; only folders hold sweeps so far")
+        raise ValueError(
+            f"storage: '{storage}' is no place for sweeps; give a folder or s3://BUCKET/PATH"
+        )
     try:
         folder = Path(storage).expanduser()
         folder.resolve(), folder.is_dir()

@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from sparsetune import config, data, models, space
 from sparsetune.config import DIRECTIONS, SweepSettings
 from sparsetune.engine.pool import Choice, choose
+from sparsetune.files import S3Path, why
 from sparsetune.imports import suggestion
 from sparsetune.methods import METHODS, Method
 from sparsetune.methods.contract import make_hyperparameters, make_variant
@@ -407,16 +409,31 @@ def _check_place(name: str, storage: Path) -> None:
         raise ValueError("name: a sweep needs one; write name=NAME, such as name=mnist-1")
     config.check_name(name)
     folder = storage / name
-    if os.path.lexists(folder):
+    if folder.exists() if isinstance(folder, S3Path) else os.path.lexists(folder):
         where = "" if storage == Path("sweeps") else f" storage={storage}"
         raise ValueError(
             f"name: '{name}' exists already in {storage}; go on with `sparsetune resume "
             f"{name}{where}`, or take another name"
         )
+    if isinstance(storage, S3Path):
+        _check_writable(storage)
+        return
     above = next(each for each in folder.absolute().parents if os.path.lexists(each))
     if not above.is_dir() or not _writable(above):
         what = "cannot be written to" if above.is_dir() else "is no folder"
         raise ValueError(f"storage: {above} {what}; give storage=FOLDER, or set SPARSETUNE_STORAGE")
+
+
+def _check_writable(storage: S3Path) -> None:
+    probe = storage / f".sparsetune-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"storage: {storage} cannot be written to ({why(error)}); the bucket must exist, and "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL say who may"
+        ) from error
 
 
 def _writable(folder: Path) -> bool:

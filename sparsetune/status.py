@@ -115,18 +115,28 @@ def member_folders(storage: Path, name: str) -> list[Path]:
     In the order in which they were asked for. ValueError where there is no such sweep.
     """
     folder = storage / name
-    found = [folder] if (folder / journal.FILE).exists() else []
-    found = found or [path.parent for path in folder.glob(f"*/{journal.FILE}")]
+    found = [folder] if journal.exists(folder) else []
+    found = found or [path for path in inside(folder) if journal.exists(path)]
     if not found:
         known = ", ".join(sweeps(storage)) or "none"
         raise ValueError(f"name: there is no sweep '{name}' in {storage}; there are: {known}")
-    return sorted(found, key=lambda path: (journal.header(path)["order"], path.name))
+    orders = {path: journal.header(path)["order"] for path in found}
+    if 0 not in orders.values() and found != [folder]:  # on an object store it is written last
+        raise ValueError(
+            f"name: creating '{name}' in {storage} was cut short, nothing was trained; delete it, "
+            "or begin under another name"
+        )
+    return sorted(found, key=lambda path: (orders[path], path.name))
+
+
+def inside(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def sweeps(storage: Path) -> list[str]:
     """Names of the sweeps in a storage."""
-    found = {path.parent.parent.name for path in storage.glob(f"*/*/{journal.FILE}")}
-    return sorted(name for name in found if not name.startswith("."))
+    found = [path for path in inside(storage) if not path.name.startswith(".")]
+    return sorted(path.name for path in found if any(map(journal.exists, inside(path))))
 
 
 def all_status(storage: Path) -> dict[str, Any]:

@@ -25,11 +25,12 @@ from sparsetune.cluster import check_address, tune_all
 from sparsetune.data import Dataset
 from sparsetune.data import load as load_data
 from sparsetune.engine.pool import Choice
+from sparsetune.files import S3Path, StorageAway, place
 from sparsetune.member import Member, Scheduling, Sweep, check_machine, engine_choice
 from sparsetune.progress import Progress
-from sparsetune.search.journal import Journal, SweepLock, Trial
+from sparsetune.search.journal import Journal, SweepLock, Trial, exists
 from sparsetune.search.study import MemberSearch, SearchMember
-from sparsetune.status import is_done, member_folders, print_result
+from sparsetune.status import inside, is_done, member_folders, print_result
 from sparsetune.tracking import Tracker
 from sparsetune.trial import trial_folder, write_error
 from sparsetune.watch import Watch
@@ -60,23 +61,34 @@ def create(sweep: Sweep, command: str) -> Path:
     members or not at all.
     """
     folder = sweep.storage / sweep.name
-    taken = f"name: '{sweep.name}' exists already in {sweep.storage}; go on with it by: " + (
-        f"sparsetune resume {sweep.name}" + storage_words(sweep.storage) + ", or take another name"
+    taken = (
+        f"name: '{sweep.name}' exists already in {sweep.storage}; go on with it by: "
+        f"{resume_command(folder)}, or take another name"
     )
     if folder.exists():
         raise ValueError(taken)
-    scratch = sweep.storage / f".{sweep.name}.{uuid.uuid4().hex[:8]}"
     common = {"sweep_id": uuid.uuid4().hex, "command": command, "argv": sys.argv[1:]}
+    headers = {}
+    for order, member in enumerate(sweep.members):
+        headers[member_stem(member)] = common | {
+            "order": order,
+            "trials": member.settings.trials,
+            "data": load_data(member.settings.data).fingerprint,
+            "member": member.to_header(),
+        }
+    if isinstance(folder, S3Path):
+        # Nothing can be renamed there: whoever holds the lock writes the first member last.
+        with SweepLock(folder):
+            if any(map(exists, inside(folder))):
+                raise ValueError(taken)
+            for stem, header in reversed(headers.items()):
+                Journal.create(folder / stem, header).close()
+        return folder
+    scratch = sweep.storage / f".{sweep.name}.{uuid.uuid4().hex[:8]}"
     try:
         scratch.mkdir(parents=True)
-        for order, member in enumerate(sweep.members):
-            header = common | {
-                "order": order,
-                "trials": member.settings.trials,
-                "data": load_data(member.settings.data).fingerprint,
-                "member": member.to_header(),
-            }
-            Journal.create(scratch / member_stem(member), header).close()
+        for stem, header in headers.items():
+            Journal.create(scratch / stem, header).close()
         scratch.rename(folder)
     except OSError as error:
         if folder.exists():
@@ -90,10 +102,11 @@ def create(sweep: Sweep, command: str) -> Path:
     return folder
 
 
-def storage_words(storage: Path) -> str:
-    """What a printed command must say of the storage to find the sweep."""
-    given = os.environ.get("SPARSETUNE_STORAGE", "./sweeps")
-    return "" if Path(given).resolve() == storage.resolve() else f" storage={storage}"
+def resume_command(folder: Path) -> str:
+    """With the storage, where it is not found without."""
+    given = place(os.environ.get("SPARSETUNE_STORAGE", "./sweeps")).resolve()
+    words = "" if given == folder.parent.resolve() else f" storage={folder.parent}"
+    return f"sparsetune resume {folder.name}{words}"
 
 
 def member_stem(member: Member) -> str:
@@ -111,10 +124,11 @@ def opened(
     """
     folders = member_folders(storage, name)
     with ExitStack() as stack:
-        stack.enter_context(SweepLock(folders[0].parent))
+        lock = stack.enter_context(SweepLock(folders[0].parent))
         members = []
         for path in folders:
             writer = Journal.open(path)
+            writer.guard = lock.check
             stack.callback(writer.close)
             member = Member.from_header(writer.record.header["member"])
             settings = config.replaced(member.settings, places or {})
@@ -256,9 +270,11 @@ def run(members: list[OpenMember]) -> int:
     if not _all_done(members):
         check_address(members[0].member.settings.ray.address)
     note_driver(members)
-    recording = Recording(members, folder.name, folder)
+    recording = Recording(members, folder.name, wandb_folder(members[0]))
     with Progress({one.member.name: (one.member, one.journal.record) for one in members}) as bar:
         watch = Watch(recording.send, bar)
+        for one in members:
+            one.journal.trouble = watch.trouble
         if members[0].journal.record.header["command"] == "train":
             train_alone(members[0], watch)
         elif not _all_done(members):
@@ -268,6 +284,19 @@ def run(members: list[OpenMember]) -> int:
             tune_all(searches, sweep.settings, sweep.scheduling, slots, watch)
     recording.send()
     return _close(folder, members, recording)
+
+
+def wandb_folder(one: OpenMember) -> Path:
+    """Where W&B's own files go: beside the journals, or, as W&B writes local files alone, below the
+    working directory. Whoever resumes elsewhere has all epochs back-filled from the journals; so of
+    several such folders upload the last one, which is complete, or rows stand twice."""
+    if not isinstance(one.folder, S3Path):
+        return one.folder.parent
+    name = f"{one.folder.parent.name}-{one.journal.record.header['sweep_id'][:8]}"
+    folder = Path("wandb", name).absolute()
+    if one.member.settings.wandb.mode != "disabled":
+        print(f"W&B's files go to {folder}.", file=sys.stderr)
+    return folder
 
 
 def _engines(members: list[OpenMember]) -> list[Choice]:
@@ -297,9 +326,7 @@ def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int
     if command:
         print(f"W&B records are offline; upload them by: {command}")
     if not _all_done(members):
-        print(
-            f"Interrupted. Go on by: sparsetune resume {folder.name}{storage_words(folder.parent)}"
-        )
+        print(f"Interrupted. Go on by: {resume_command(folder)}")
         return 130
     failed = [
         f"{one.member.name} trial {trial.number}: {trial.error}"
@@ -324,11 +351,15 @@ def train_alone(one: OpenMember, watch: Watch) -> None:
             trial_settings = one.member.trial_settings(trial.params, trial.fixed)
             folder = trial_folder(one.folder, trial.number)
             metrics: dict[str, float] = {}
-            records = epochs(trial_settings, settings.device, folder, settings.checkpoint.every)
+            records = epochs(
+                trial_settings, settings.device, folder, settings.checkpoint.every, watch.trouble
+            )
             while watch.leaving_since is None:
                 try:
                     if (found := next(records, None)) is None:
                         break
+                except StorageAway:
+                    raise
                 except Exception as error:  # noqa: BLE001 - recorded as in a sweep, not as a result
                     search.end(trial.number, "failed", error=write_error(folder, error))
                     break

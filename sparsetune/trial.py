@@ -15,6 +15,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from sparsetune.files import insist, place, write_whole
+
 ATTEMPTS = 3  # of one trial under one driver; then it has failed
 ENGINE_SECONDS = 120.0  # how long an engine that was lost may take to come back
 
@@ -28,9 +30,8 @@ def _attempt(folder: Path, generation: int) -> int:
     path = folder / "attempts.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     count = 1 + (known.get("count", 0) if known.get("generation") == generation else 0)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"generation": generation, "count": count}))
-    scratch.replace(path)
+    with write_whole(path) as file:
+        file.write(json.dumps({"generation": generation, "count": count}).encode())
     return count
 
 
@@ -63,8 +64,8 @@ def sweep_trial(config: dict[str, Any]) -> None:
     from ray import tune
 
     about = config["trial"]
-    folder = Path(about["folder"])
-    attempt = _attempt(folder, about["generation"])
+    folder = place(about["folder"])
+    attempt = insist(lambda: _attempt(folder, about["generation"]))
     try:
         if attempt > ATTEMPTS:
             raise RuntimeError(f"its process died {ATTEMPTS} times")

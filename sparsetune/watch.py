@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sparsetune.files import AWAY_SECONDS, StorageAway, why
 from sparsetune.progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -26,9 +27,28 @@ class Watch:
         self.send, self.progress = send, progress
         self.leaving_since: float | None = None
         self.on_leave: Callable[[], None] = lambda: None
+        self._away = False
 
     def tick(self) -> None:
         self.send()
+        if self._away:
+            self._away = False
+            self.progress.note("storage is back")
+        self._look()
+
+    def trouble(self, error: OSError, waited: float) -> None:
+        """Storage cannot be read or written: says so, and ends the sweep when it stays away."""
+        if not self._away:
+            self._away = True
+            self.progress.note(f"waiting for storage ({why(error)})")
+        if waited > AWAY_SECONDS:
+            raise StorageAway(
+                f"storage: away for {waited:.0f} seconds ({why(error)}); nothing that is in a "
+                "journal is lost"
+            ) from error
+        self._look()
+
+    def _look(self) -> None:
         self.progress.update()
         if self.leaving_since and time.monotonic() - self.leaving_since > PATIENCE_SECONDS:
             raise KeyboardInterrupt

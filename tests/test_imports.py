@@ -24,7 +24,7 @@ ORDER = [
     {"search.searcher"},
     {"search.study"},
     {"search.journal"},
-    {"search.lock"},
+    {"search.lines", "search.lock"},
     {"space"},
     {"config"},
     {"engine.actor"},
@@ -39,7 +39,7 @@ ORDER = [
     {"models", "data"},
     {"data_files"},
     {"methods"},
-    {"imports", "memory", "settings"},
+    {"files", "imports", "memory", "settings"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}

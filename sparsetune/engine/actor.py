@@ -3,7 +3,8 @@
 The rule to know: a thread trains, an epoch at a time; between two epochs trials enter and leave.
 After an epoch at which the scheduler may stop trials, it waits until each of them has asked for
 more or has left, so a stopped trial costs no epoch more; elsewhere it goes on while they report.
-Checkpoints are written here.
+Checkpoints are written here. Storage that is away makes the engine wait, and in the end go on
+without a checkpoint, which costs epochs should it be killed; it never makes a trial fail.
 
 An actor that was killed comes back empty, and its trials attach again and go on from their
 checkpoints. Those that have seen two engines die without an epoch in between are suspects: each is
@@ -19,23 +20,28 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from sparsetune import checkpoint
+from sparsetune import checkpoint, files
 from sparsetune.checkpoint import Snapshot
 from sparsetune.data import Dataset
 from sparsetune.engine.pool import Pool, choose, prepare, structure
+from sparsetune.files import AWAY_SECONDS, StorageAway, insist, why
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import TrialSettings, from_dict
 from sparsetune.trainer import Metrics
 
+T = TypeVar("T")
 POLL_SECONDS = 20.0  # how long an answer may take; the trial then asks again, which shows it lives
 LEASE_SECONDS = 90.0  # a trial that asked nothing for so long has lost its process
 PATIENCE_SECONDS = 2.0  # how long the next epoch waits for trials that are undecided
+WRITERS = 8  # checkpoints that are written at once
 AHEAD = 2  # epochs that may be trained before a trial has reported the first of them
 # Slots of csr in different epochs have a matrix of batches each, which costs about as much as one
 # more trial. In a simulation of ASHA with these times (20 to 100 epochs, 16 slots), waiting for
@@ -69,6 +75,13 @@ class Place:
         last = self.records[-1] if self.records else None
         return bool(
             self.error or (last and (last["diverged"] or last["epoch"] >= self.settings.epochs))
+        )
+
+    def saves(self, metrics: Metrics) -> bool:
+        """Is a checkpoint due after this epoch?"""
+        epoch = metrics["epoch"]
+        return bool(
+            epoch % self.save_every == 0 or epoch >= self.settings.epochs or metrics["diverged"]
         )
 
     @property
@@ -111,6 +124,8 @@ class Engine:
         self._pools: dict[str, Pool] = {}  # by structure
         self._datasets: dict[str, Dataset] = {}
         self._tokens = 0
+        self._patience = AWAY_SECONDS
+        self._writers = ThreadPoolExecutor(WRITERS)
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         threading.Thread(target=self._work, name="training", daemon=True).start()
@@ -135,7 +150,7 @@ class Engine:
                 key,
                 self._tokens,
                 settings,
-                Path(folder),
+                files.place(folder),
                 save_every,
                 frozenset(decisions),
                 suspect,
@@ -193,7 +208,6 @@ class Engine:
                     place.parked = self._pool_of(place).snapshot(place.key)
                     self._take_out(place)
                 entering = suspects[:1]
-                suspects[0].folder.mkdir(parents=True, exist_ok=True)
             else:
                 entering = self._in_company(entering)
             for place in entering:
@@ -264,19 +278,24 @@ class Engine:
             pool = self._pool_of(place)
             if len(pool) == pool.slots:
                 return
-            if place.suspect and place.alone.exists():
-                place.alone.unlink()
+            if place.suspect and self._stored(place.alone.exists):
+                self._stored(place.alone.unlink)
                 raise RuntimeError("training this trial, and no other, killed its engine")
-            snapshot, place.parked = place.parked, None
+            snapshot = place.parked
             if snapshot is None:
-                snapshot, place.records = checkpoint.newest(place.folder)
+                snapshot, place.records = self._stored(lambda: checkpoint.newest(place.folder))
                 self._tell(place)
+            place.parked = None
             if place.over:
                 return
             pool.attach(place.key, place.settings, snapshot)
             self._inside[place.key] = place
             if place.suspect:
-                place.alone.touch()
+                with contextlib.suppress(StorageAway):
+                    self._stored(lambda: place.folder.mkdir(parents=True, exist_ok=True))
+                    self._stored(place.alone.touch)
+        except StorageAway:
+            return  # it enters at the next epoch, or when there is a storage
         except Exception:  # noqa: BLE001 - whatever it is, it is this trial's, and it is told
             self._tell(place, error=traceback.format_exc())
 
@@ -294,30 +313,48 @@ class Engine:
             if isinstance(error, torch.OutOfMemoryError) and len(places) > 1:
                 self._slots = max(1, len(places) // 2)
             elif len(places) == 1:
-                places[0].alone.unlink(missing_ok=True)
-                self._tell(places[0], error=traceback.format_exc())
+                text = traceback.format_exc()
+                with contextlib.suppress(StorageAway):
+                    self._stored(lambda: places[0].alone.unlink(missing_ok=True))
+                self._tell(places[0], error=text)
             else:
                 for place in places:
                     place.suspect = True
             return
-        for place in places:
-            self._finish_epoch(pool, place, results[place.key])
-
-    def _finish_epoch(self, pool: Pool, place: Place, metrics: Metrics) -> None:
-        if place.suspect:
-            place.suspect = False
-            place.alone.unlink(missing_ok=True)
-        place.records.append(metrics)
-        try:
-            if metrics["epoch"] % place.save_every == 0 or place.over:
-                checkpoint.save(place.folder, pool.snapshot(place.key), place.records)
-        except OSError:  # a full disk, storage away: the trial is tried again from what is there
-            place.records.pop()
-            self._tell(place, error=traceback.format_exc())
-        else:
+        latest = [results[place.key] for place in places]
+        snapshots = [
+            pool.snapshot(place.key) if place.saves(metrics) else None
+            for place, metrics in zip(places, latest, strict=True)
+        ]
+        # Side by side, since an object store takes its time for each.
+        saving = self._writers.map(self._save, places, latest, snapshots)
+        for place, _ in zip(places, saving, strict=True):
             self._tell(place)
-        if place.over:
-            self._take_out(place)
+            if place.over:
+                self._take_out(place)
+
+    def _save(self, place: Place, metrics: Metrics, snapshot: Snapshot | None) -> None:
+        records = [*place.records, metrics]
+        with contextlib.suppress(StorageAway):
+            if snapshot is not None:
+                self._stored(lambda: checkpoint.save(place.folder, snapshot, records))
+            if place.suspect:
+                self._stored(lambda: place.alone.unlink(missing_ok=True))
+        place.suspect, place.records = False, records
+
+    def _stored(self, action: Callable[[], T]) -> T:
+        """Does what needs the storage; waits while that is away. StorageAway where it stays so."""
+        try:
+            result = insist(action, self._trouble)
+        except OSError as error:
+            self._patience = 1.0  # the next one need not wait for so long
+            raise StorageAway(f"storage: {why(error)}") from error
+        self._patience = AWAY_SECONDS
+        return result
+
+    def _trouble(self, error: OSError, waited: float) -> None:
+        if waited > self._patience:
+            raise error
 
     def _tell(self, place: Place, error: str = "") -> None:
         """Wakes the trial, which finds new records, or that it cannot be trained."""

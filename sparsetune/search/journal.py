@@ -1,4 +1,4 @@
-"""The journal of a member: an append-only file of events, the only truth about a search.
+"""The journal of a member: an append-only row of events, the only truth about a search.
 
 The rule to know: what is not in the journal has not happened. `Journal.append` is the only way in;
 it writes an event and applies it to `Journal.record`, with the function that also replays a file,
@@ -14,21 +14,35 @@ number `seq`, the wall-clock `time` and a `type`:
     extend   trials                                the new total
     driver   generation, pid, host, versions       a process that took the sweep over
 
+Where the lines lie, one file or segments on an object store, is `lines.py`'s matter.
+
 Floats may be NaN or Infinity, which Python's json reads and strict JSON does not know.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
-import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsetune.files import S3Path, StorageAway, Trouble, give_up, insist, place, why
+from sparsetune.search.lines import (
+    FILE,
+    Event,
+    JournalError,
+    LineFile,
+    Part,
+    Segments,
+    decode,
+    encode,
+    exists,
+    first_file,
+    home,
+    parts,
+)
 from sparsetune.search.lock import Holder, SweepHeld, SweepLock, holder
 
 __all__ = [
@@ -44,6 +58,7 @@ __all__ = [
     "SweepHeld",
     "SweepLock",
     "Trial",
+    "exists",
     "holder",
     "load",
     "read",
@@ -51,14 +66,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-FILE = "journal.jsonl"
 ENDED = ("finished", "stopped", "diverged", "failed")
-
-Event = dict[str, Any]
-
-
-class JournalError(ValueError):
-    """A journal that cannot be trusted or must not be written; says file, line and why."""
 
 
 class Report(NamedTuple):
@@ -97,8 +105,13 @@ class Member:
 
 def replay(events: Iterable[Event], source: Path | str = FILE) -> Member:
     """The state after `events`; `source` is the file named in an error."""
+    return _replay((event, f"{source}:{event.get('seq', 0) + 1}") for event in events)
+
+
+def _replay(lines: Iterable[tuple[Event, str]], source: Path | str = "journal") -> Member:
+    """The state after events that come with their file and line."""
     member: Member | None = None
-    for event in events:
+    for event, where in lines:
         try:
             if member is None:
                 member = _begin(event)
@@ -106,8 +119,8 @@ def replay(events: Iterable[Event], source: Path | str = FILE) -> Member:
                 _check(member, event)
                 _apply(member, event)
         except (JournalError, KeyError) as error:
-            why = f"the event lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise JournalError(f"{source}:{event.get('seq', 0) + 1}: {why}") from error
+            reason = f"the event lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise JournalError(f"{where}: {reason}") from error
     if member is None:
         raise JournalError(
             f"{source}: no complete event, so this search never began; delete its folder"
@@ -117,44 +130,50 @@ def replay(events: Iterable[Event], source: Path | str = FILE) -> Member:
 
 def read(folder: Path | str) -> list[Event]:
     """All events, also while a sweep writes: a torn or incomplete last line is left out."""
-    path = Path(folder) / FILE
-    return _parse(_bytes(path), path)[0]
+    return [event for event, _ in _parse(parts(_place(folder)))[0]]
 
 
 def load(folder: Path | str) -> Member:
     """The state of the journal in `folder`, for readers."""
-    return replay(read(folder), Path(folder) / FILE)
+    folder = _place(folder)
+    return _replay(_parse(parts(folder))[0], home(folder))
+
+
+def _place(folder: Path | str) -> Path:
+    return place(folder) if isinstance(folder, str) else folder
 
 
 class Journal:
-    """One writer's hold on a journal. `record` is its state and is kept up to date."""
+    """One writer's hold on a journal. `record` is its state and is kept up to date.
 
-    def __init__(self, path: Path, fd: int, size: int, record: Member, seq: int) -> None:
+    `guard` is called before anything is written; what it raises ends the writing. `trouble` is told
+    of each OSError and decides whether to try again (`files.insist`).
+    """
+
+    def __init__(self, path: Path, lines: LineFile | Segments, record: Member, seq: int) -> None:
         """Not for callers: see `create` and `open`."""
         self.path, self.record = path, record
-        self._fd, self._size, self._seq = fd, size, seq
-        self._dirty = self._torn = False
+        self.guard: Callable[[], None] = lambda: None
+        self.trouble: Trouble = give_up
+        self._lines, self._seq = lines, seq
+        self._dirty = self._closed = False
         self._synced = time.monotonic()
 
     @classmethod
     def create(cls, folder: Path | str, header: Event) -> Journal:
         """A new journal whose first event is `header` (which must have `trials`)."""
-        path = Path(folder) / FILE
+        path = home(_place(folder))
         # A file without one whole line is what a driver killed in this very call leaves behind.
-        if path.exists() and b"\n" in path.read_bytes():
+        if path.exists() and (isinstance(path, S3Path) or b"\n" in path.read_bytes()):
             raise JournalError(f"{path}: exists already; resume it, or take another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         event = json.loads(json.dumps({"type": "sweep", "format": FORMAT, **header}))
         record = _begin({"seq": 0, "time": time.time(), **event})
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-        journal = cls(path, fd, 0, record, 0)
+        lines = Segments(path, []) if isinstance(path, S3Path) else LineFile(path, 0)
+        journal = cls(path, lines, record, 0)
         try:
             journal._write(record.header, durable=True)
-            folder_fd = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder_fd)  # the file's name must last, too
-            finally:
-                os.close(folder_fd)
+            lines.keep_name()
         except OSError:
             journal.close()
             raise
@@ -163,23 +182,23 @@ class Journal:
     @classmethod
     def open(cls, folder: Path | str) -> Journal:
         """The existing journal, ready for more; a torn last line is cut off the file."""
-        path = Path(folder) / FILE
-        data = _bytes(path)
-        events, size = _parse(data, path)
-        record = replay(events, path)
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND)
-        if size < len(data):
-            os.ftruncate(fd, size)
-            os.fsync(fd)
-        return cls(path, fd, size, record, len(events))
+        path = home(_place(folder))
+        found = parts(path.parent)
+        events, sizes = _parse(found)
+        record = _replay(events, path)
+        if isinstance(path, S3Path):
+            before = [(part.path, size) for part, size in zip(found, sizes, strict=True)]
+            return cls(path, Segments(path, before), record, len(events))
+        return cls(path, LineFile(path, sizes[0]), record, len(events))
 
     def append(self, event: Event, durable: bool = True) -> None:
         """Writes the event and applies it to `record`; refuses one that does not fit there.
 
         `durable`: on disk before this returns. Otherwise within a second, given `sync`, which is
         enough for reports, because training reproduces them."""
+        event = {"seq": self._seq, "time": time.time(), **event, **self._lines.opening()}
         # Through JSON first, so that `record` holds what a reader will find: lists, not tuples.
-        event = json.loads(json.dumps({"seq": self._seq, "time": time.time(), **event}))
+        event = json.loads(json.dumps(event))
         try:
             _check(self.record, event)
         except JournalError as error:
@@ -190,39 +209,47 @@ class Journal:
     def sync(self, older_than: float = 0.0) -> None:
         """Puts waiting reports on disk, if the last time was `older_than` seconds ago."""
         if self._dirty and time.monotonic() - self._synced >= older_than:
-            os.fsync(self._fd)
+            self._insist(self._lines.sync)
             self._dirty, self._synced = False, time.monotonic()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            try:
-                self.sync()
-            finally:
-                os.close(self._fd)
-                self._fd = -1
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.sync()
+        finally:
+            self._lines.close()
 
     def _write(self, event: Event, durable: bool) -> None:
-        text = json.dumps(event, separators=(",", ":")).encode()
-        line = b"%08x %s\n" % (zlib.crc32(text), text)
-        try:
-            if self._torn:  # an earlier write failed, and the cut after it did, too
-                os.ftruncate(self._fd, self._size)
-                self._torn = False
-            rest = memoryview(line)
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-            self._dirty = True
-            self.sync(older_than=0.0 if durable else 1.0)
-        except OSError:
-            # A full disk takes part of a line. Cut off, the file stays valid and may be appended
-            # to once there is room; if even that fails, a reader sees no more than a torn tail.
-            self._torn = True
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._size)
-                self._torn = False
-            raise
-        self._size += len(line)
+        line = encode(event)
+        late = time.monotonic() - self._synced >= 1.0
+
+        def write() -> None:
+            self._lines.append(line)
+            if durable or late:
+                try:
+                    self._lines.sync()
+                except OSError:
+                    self._lines.cut(len(line))  # whole or not at all, also if this was the last try
+                    raise
+
+        self._insist(write)
+        self._dirty = not (durable or late)
+        if not self._dirty:
+            self._synced = time.monotonic()
         self._seq += 1
+
+    def _insist(self, write: Callable[[], None]) -> None:
+        def guarded() -> None:
+            self.guard()
+            write()
+
+        try:
+            insist(guarded, self.trouble)
+        except (SweepHeld, StorageAway):
+            self._dirty = False  # `close` has nothing to write any more
+            raise
 
 
 def _begin(event: Event) -> Member:
@@ -286,55 +313,49 @@ def _apply(member: Member, event: Event) -> None:
         member.generation = event["generation"]
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise JournalError(f"{path}: no journal here ({error.strerror})") from error
-
-
-def _parse(data: bytes, path: Path) -> tuple[list[Event], int]:
-    """The events, and the size of the file up to the end of the last of them."""
-    *lines, rest = data.split(b"\n")  # `rest` is what follows the last newline: empty, or torn
-    events: list[Event] = []
-    size = 0
-    for index, line in enumerate(lines):
-        event = _decode(line)
-        if event is None:
-            if index == len(lines) - 1 and not rest:
-                break  # the last line, so it is a torn one that happened to get its newline
+def _parse(found: list[Part]) -> tuple[list[tuple[Event, str]], list[int]]:
+    """The events, each with its file and line, and how much of each part they fill."""
+    events: list[tuple[Event, str]] = []
+    sizes = []
+    for part in found:
+        last = part is found[-1]
+        *lines, rest = part.data.split(b"\n")  # `rest` follows the last newline: empty, or torn
+        if rest and not last:
             raise JournalError(
-                f"{path}:{index + 1}: the checksum does not fit the line, and events follow; the "
-                "file was damaged, restore it from a copy"
+                f"{part.path}:{len(lines) + 1}: the line is cut short, and events follow; restore "
+                "the file from a copy"
             )
-        if event.get("seq") != index:
-            raise JournalError(
-                f"{path}:{index + 1}: event {event.get('seq')} where {index} should be; lines are "
-                "missing or doubled, restore the file from a copy"
-            )
-        events.append(event)
-        size += len(line) + 1
-    return events, size
-
-
-def _decode(line: bytes) -> Event | None:
-    checksum, _, text = line.partition(b" ")
-    if checksum != b"%08x" % zlib.crc32(text):
-        return None
-    event = json.loads(text)
-    return event if isinstance(event, dict) else None
+        size = 0
+        for number, line in enumerate(lines, start=1):
+            event = decode(line)
+            if event is None:
+                if last and number == len(lines) and not rest:
+                    break  # the last line, so it is a torn one that happened to get its newline
+                raise JournalError(
+                    f"{part.path}:{number}: the checksum does not fit the line, and events follow; "
+                    "the file was damaged, restore it from a copy"
+                )
+            if event.get("seq") != len(events):
+                raise JournalError(
+                    f"{part.path}:{number}: event {event.get('seq')} where {len(events)} should "
+                    "be; lines are missing or doubled, restore the file from a copy"
+                )
+            events.append((event, f"{part.path}:{number}"))
+            size += len(line) + 1
+        sizes.append(size)
+    return events, sizes
 
 
 def header(folder: Path | str) -> Event:
-    """The first event of the journal in `folder`; reads no more than that line."""
-    path = Path(folder) / FILE
+    """The first event of the journal in `folder`; reads no more than that line's file."""
+    path = first_file(_place(folder))
     try:
         with path.open("rb") as file:
-            first = _decode(file.readline().rstrip(b"\n"))
+            first = decode(file.readline().rstrip(b"\n"))
     except OSError as error:
-        raise JournalError(f"{path}: no journal here ({error.strerror})") from error
+        raise JournalError(f"{path}: no journal here ({why(error)})") from error
     if first is None:
-        return replay(_parse(_bytes(path), path)[0], path).header  # says what is wrong
+        return load(folder).header  # says what is wrong
     try:
         return _begin(first).header
     except (JournalError, KeyError) as error:
