@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import errno
@@ -23,7 +24,8 @@ from test_journal import end, report, suggest
 from test_sweep import LONGER, TOY, check_complete, reports, run, start
 from wandb_files import read_runs
 
-from sparsetune import files
+from sparsetune import checkpoint, files
+from sparsetune.engine import actor
 from sparsetune.files import S3Path, StorageAway, insist, place, write_whole
 from sparsetune.search import journal, lines, lock
 from sparsetune.search.journal import (
@@ -35,6 +37,7 @@ from sparsetune.search.journal import (
     load,
     read,
 )
+from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.watch import Watch
 
 
@@ -386,6 +389,38 @@ def test_a_sweep_waits_for_its_storage_and_gives_up_at_last(
     watch.leaving_since = now[0] - 30  # Ctrl-C, and the patience after it is over
     with pytest.raises(KeyboardInterrupt):
         insist(action, watch.trouble)
+
+
+def test_checkpoints_that_cannot_be_written_fail_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading them waits; writing them waits, and is then left out."""
+    settings = TrialSettings(method="set", density=0.5, epochs=2)
+    settings.data.limit, settings.model.widths = 200, [16]
+    monkeypatch.setattr(actor, "AWAY_SECONDS", 0.4)
+    engine = actor.Engine("cpu", "solo", 4, 1, 0.5, str(tmp_path))
+    newest, calls = checkpoint.newest, []
+
+    def away(*args: Any) -> Any:
+        calls.append(args)
+        if args[1:] or len(calls) < 4:
+            raise OSError(errno.EIO, "Input/output error")
+        return newest(*args)
+
+    monkeypatch.setattr(checkpoint, "newest", away)
+    monkeypatch.setattr(checkpoint, "save", away)
+
+    async def trial() -> list[float]:
+        token = await engine.attach("x", to_dict(settings), str(tmp_path / "x"), 1, [1], False)
+        records: list[Any] = []
+        while len(records) < 2:
+            records += await engine.after("x", token, len(records))
+        await engine.detach("x", token)
+        return [record["epoch"] for record in records]
+
+    assert asyncio.run(trial()) == [1, 2]
+    assert {len(args) for args in calls} == {1, 3}
+    assert checkpoint.saved_epochs(tmp_path / "x") == []
 
 
 # Sweeps -------------------------------------------------------------------------------------------

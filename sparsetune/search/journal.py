@@ -247,8 +247,8 @@ class Journal:
 
         try:
             insist(guarded, self.trouble)
-        except (SweepHeld, StorageAway):
-            self._dirty = False  # `close` has nothing to write any more
+        except (SweepHeld, StorageAway, KeyboardInterrupt):
+            self._dirty = False  # `close` need not try, and wait, again
             raise
 
 

@@ -84,26 +84,24 @@ def _segments(folder: Path) -> list[Part]:
     newest = max(int(match[1]) for match in found)
     last = max(int(match[2]) for match in found if int(match[1]) == newest)
     own = [_segment(newest, number) for number in range(last + 1)]
-    begin = _read(folder / own[0])
-    first = decode(begin.partition(b"\n")[0])
+    first = decode(_read(folder / own[0]).partition(b"\n")[0])
     if first is None:
         raise JournalError(
             f"{folder / own[0]}:1: the checksum does not fit the line; the segment was damaged, "
             "restore it from a copy"
         )
-    accepted: dict[str, int] = dict(first.get("accepts", []))
+    sizes: dict[str, int | None] = {**dict(first.get("accepts", [])), **dict.fromkeys(own)}
     with ThreadPoolExecutor(8) as pool:
-        data = list(pool.map(lambda name: _read(folder / name), [*accepted, *own[1:]]))
-    older = []
-    for (name, size), text in zip(accepted.items(), data, strict=False):
-        if len(text) < size:
+        texts = list(pool.map(lambda name: _read(folder / name), sizes))
+    result = []
+    for (name, size), text in zip(sizes.items(), texts, strict=True):
+        if size is not None and len(text) < size:
             raise JournalError(
                 f"{folder / name}:{text.count(10) + 1}: the segment ends here, but had "
                 f"{size - len(text)} bytes more; restore it from a copy"
             )
-        older.append(Part(folder / name, text[:size]))
-    later = [Part(folder / n, d) for n, d in zip(own[1:], data[len(accepted) :], strict=True)]
-    return [*older, Part(folder / own[0], begin), *later]
+        result.append(Part(folder / name, text[:size]))
+    return result
 
 
 def _segment(generation: int, number: int) -> str:
