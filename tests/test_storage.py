@@ -38,6 +38,7 @@ from sparsetune.search.journal import (
     read,
 )
 from sparsetune.settings import TrialSettings, to_dict
+from sparsetune.status import member_folders, sweeps
 from sparsetune.watch import Watch
 
 
@@ -254,6 +255,18 @@ def test_storage_that_is_away_costs_no_event_and_doubles_none(
     one.close()
     assert repr(load(folder)) == repr(one.record)
     assert [event["seq"] for event in read(folder)] == list(range(10))
+
+
+def test_members_are_found_once_all_are_there(folder: Path) -> None:
+    Journal.create(folder / "s" / "second", {"trials": 3, "order": 1}).close()
+    assert sweeps(folder) == ["s"]
+    with pytest.raises(ValueError, match=r"creating 's' in .* was cut short"):
+        member_folders(folder, "s")
+    Journal.create(folder / "s" / "third", {"trials": 3, "order": 0}).close()
+    assert [path.name for path in member_folders(folder, "s")] == ["third", "second"]
+    assert member_folders(folder, "s/second") == [folder / "s" / "second"]
+    with pytest.raises(ValueError, match=f"no sweep 't' in {folder}; there are: s"):
+        member_folders(folder, "t")
 
 
 # The lock -----------------------------------------------------------------------------------------
