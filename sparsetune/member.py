@@ -409,14 +409,18 @@ def _check_place(name: str, storage: Path) -> None:
         raise ValueError("name: a sweep needs one; write name=NAME, such as name=mnist-1")
     config.check_name(name)
     folder = storage / name
-    if folder.exists() if isinstance(folder, S3Path) else os.path.lexists(folder):
+    if isinstance(storage, S3Path):
+        _check_writable(storage)
+        taken = folder.exists()
+    else:
+        taken = os.path.lexists(folder)
+    if taken:
         where = "" if storage == Path("sweeps") else f" storage={storage}"
         raise ValueError(
             f"name: '{name}' exists already in {storage}; go on with `sparsetune resume "
             f"{name}{where}`, or take another name"
         )
     if isinstance(storage, S3Path):
-        _check_writable(storage)
         return
     above = next(each for each in folder.absolute().parents if os.path.lexists(each))
     if not above.is_dir() or not _writable(above):

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from s3_server import BUCKET, S3Server
 from test_journal import end, report, suggest
-from test_sweep import LONGER, TOY, check_complete, reports, run, start
+from test_sweep import TOY, check_complete, reports, run, start
 from wandb_files import read_runs
 
 from sparsetune import checkpoint, files
@@ -467,7 +467,8 @@ def test_a_sweep_on_an_object_store_is_killed_and_resumed(
     folder: Path, tmp_path: Path, server: S3Server
 ) -> None:
     """kill -9 of the driver, the server away for a while, then complete; seen from elsewhere."""
-    words = ["sweep", "set", "static", "density=0.2", "name=cut", "trials=4", *LONGER]
+    words = ["sweep", "set", "static", "density=0.2", "name=cut", "trials=4", "epochs=60"]
+    words += TOY[1:]
     process = start(tmp_path, *words, f"storage={folder}", "scheduler.name=none")
     members = [folder / "cut" / name for name in ("set@0.2", "static@0.2")]
 
@@ -489,12 +490,12 @@ def test_a_sweep_on_an_object_store_is_killed_and_resumed(
     os.kill(server.process.pid, signal.SIGCONT)
     assert process.wait(200) == 0, (tmp_path / "elsewhere/out").read_text()
     for one in members:
-        check_complete(one, trials=4, epochs=12)
+        check_complete(one, trials=4, epochs=60)
     status = json.loads(run(tmp_path, "status", "cut", f"storage={folder}", "--json").stdout)
     assert status["state"] == "finished"
     runs = read_runs(next((tmp_path / "elsewhere/wandb").glob("cut-*")))
     assert len(runs) == 8  # all, though some ended before this driver began
-    assert all(one.steps == list(range(1, 13)) for one in runs)
+    assert all(one.steps == list(range(1, 61)) for one in runs)
     taken = run(tmp_path, *words, f"storage={folder}", check=2)
     assert f"sparsetune resume cut storage={folder}" in taken.stderr
 
