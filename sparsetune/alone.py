@@ -18,7 +18,7 @@ import torch
 
 from sparsetune import checkpoint, data, trainer
 from sparsetune.config import trial_settings
-from sparsetune.files import Trouble, give_up, insist
+from sparsetune.files import Trouble, insist
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import DataSettings, TrialSettings, from_dict
 from sparsetune.trainer import Metrics
@@ -41,7 +41,7 @@ def epochs(
     device: str,
     folder: Path,
     save_every: int,
-    trouble: Trouble = give_up,
+    trouble: Trouble,
 ) -> Iterator[Metrics]:
     """Records of all epochs of a trial that checkpoints in `folder`; ends early if it diverges.
 
