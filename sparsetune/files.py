@@ -85,7 +85,7 @@ class S3Path(PosixPath):
         except StorageAway:
             raise
         except OSError as error:
-            raise StorageAway(f"storage: {self}: {why(error)}") from error
+            raise StorageAway(f"{self}: {why(error)}") from error
 
     def exists(self) -> bool:
         with self._client() as s3:

@@ -210,7 +210,7 @@ def test_a_bad_word(word: str, message: str, storage: Path) -> None:
         (["set", "model.match_density=0.1"], "model.match_density: makes a small dense network"),
         (["dst", "model.match_density=0.1"], "model.match_density: makes a small dense network"),
         (["set", "resources.threads_per_engine=999"], "resources: 1 engines of 999"),
-        (["set", "storage=s3://bucket"], "storage: 's3://bucket' is no folder"),
+        (["set", "storage=gs://bucket"], "storage: 'gs://bucket' is no place for sweeps; give"),
     ],
 )  # fmt: skip
 def test_a_bad_sweep(given: list[str], message: str, storage: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_url_is_a_path(folder: Path) -> None:
         path.read_bytes()
     with pytest.raises(NotImplementedError):  # nothing falls back to the local disk
         path.stat()
-    with pytest.raises(StorageAway, match=r"storage: s3://nowhere/x: .*NO_SUCH_BUCKET"):
+    with pytest.raises(StorageAway, match=r"^s3://nowhere/x: .*NO_SUCH_BUCKET"):
         place("s3://nowhere/x").write_bytes(b"")
 
 
@@ -449,7 +449,7 @@ def test_storage_that_cannot_be_used_is_said(tmp_path: Path, monkeypatch: Any) -
     done = run(tmp_path, *words, "storage=s3://bucket/x", check=2)
     assert "storage: s3://bucket/x cannot be written to" in done.stderr
     done = run(tmp_path, "status", "storage=s3://bucket/x", check=2)
-    assert "storage: s3://bucket/x" in done.stderr
+    assert "sparsetune: s3://bucket/x: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -467,7 +467,7 @@ def test_a_sweep_on_an_object_store_is_killed_and_resumed(
     folder: Path, tmp_path: Path, server: S3Server
 ) -> None:
     """kill -9 of the driver, the server away for a while, then complete; seen from elsewhere."""
-    words = ["sweep", "set", "static", "density=0.2", "name=cut", "trials=4", "epochs=60"]
+    words = ["sweep", "set", "static", "density=0.2", "name=cut", "trials=4", "epochs=30"]
     words += TOY[1:]
     process = start(tmp_path, *words, f"storage={folder}", "scheduler.name=none")
     members = [folder / "cut" / name for name in ("set@0.2", "static@0.2")]
@@ -490,12 +490,12 @@ def test_a_sweep_on_an_object_store_is_killed_and_resumed(
     os.kill(server.process.pid, signal.SIGCONT)
     assert process.wait(200) == 0, (tmp_path / "elsewhere/out").read_text()
     for one in members:
-        check_complete(one, trials=4, epochs=60)
+        check_complete(one, trials=4, epochs=30)
     status = json.loads(run(tmp_path, "status", "cut", f"storage={folder}", "--json").stdout)
     assert status["state"] == "finished"
     runs = read_runs(next((tmp_path / "elsewhere/wandb").glob("cut-*")))
     assert len(runs) == 8  # all, though some ended before this driver began
-    assert all(one.steps == list(range(1, 61)) for one in runs)
+    assert all(one.steps == list(range(1, 31)) for one in runs)
     taken = run(tmp_path, *words, f"storage={folder}", check=2)
     assert f"sparsetune resume cut storage={folder}" in taken.stderr
 
