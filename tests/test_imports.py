@@ -53,7 +53,7 @@ ALLOWED = {  # who may import what the trainer's machine may lack
 
 def test_a_trials_process_needs_no_torch() -> None:
     """It gets the engine's actor by name, which imports the actor's class, and reports."""
-    heavy = ["torch", "numpy", "optuna", "wandb", "omegaconf"]
+    heavy = ["torch", "numpy", "pyarrow", "optuna", "wandb", "omegaconf"]
     code = f"import sys, sparsetune.trial; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
