@@ -53,6 +53,9 @@ class EngineActor:
     async def detach(self, key: str, token: int = 0) -> None:
         await self._engine.detach(key, token)
 
+    async def held(self) -> int:
+        return await self._engine.held()
+
 
 def sweep_trial(config: dict[str, Any]) -> None:
     """The trainable of our own sweeps.

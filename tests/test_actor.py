@@ -138,6 +138,18 @@ def test_a_stopped_trial_trains_no_further_epoch(cluster: Path, tmp_path: Path) 
     assert checkpoint.saved_epochs(stops.folder) == [1]
 
 
+def test_the_last_one_to_leave_gives_the_slot_back(cluster: Path, tmp_path: Path) -> None:
+    one = engine(cluster)
+    stops = Trial(one, tmp_path, "stops", config(6))
+    stops.next()
+    assert ray.get(one.held.remote()) == 1
+    ray.get(one.detach.remote("stops", stops.token))
+    deadline = time.monotonic() + 5
+    while ray.get(one.held.remote()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_more_trials_than_slots_wait_for_their_turn(cluster: Path, tmp_path: Path) -> None:
     one = engine(cluster, slots=1)
     trials = [Trial(one, tmp_path, str(number), config(2)) for number in range(3)]

@@ -186,6 +186,10 @@ class Engine:
                 del self._places[key]
                 self._changed.notify_all()
 
+    async def held(self) -> int:
+        """Trials that are attached or have a slot."""
+        return len(self._places.keys() | self._inside.keys())
+
     def _known(self, key: str, token: int) -> Place:
         place = self._places.get(key)
         if place is None or place.token != token:
@@ -224,14 +228,11 @@ class Engine:
                 for key, place in list(self._places.items()):
                     if now - place.heard > LEASE_SECONDS:
                         del self._places[key]
-                waiting = [
-                    place
-                    for key, place in self._inside.items()
-                    if self._places.get(key) is place and place.undecided
-                ]
-                if any(not place.over for place in self._places.values()) and (
-                    not waiting or now > patience
-                ):
+                stay = [p for key, p in self._inside.items() if self._places.get(key) is p]
+                waiting = [place for place in stay if place.undecided]
+                wanted = any(not place.over for place in self._places.values())
+                # Who has left gives his slot back at once, also where nobody else is here.
+                if (wanted or len(stay) < len(self._inside)) and (not waiting or now > patience):
                     return dict(self._places)
                 self._changed.wait(0.05 if waiting else 1.0)
 
