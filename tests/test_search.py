@@ -440,6 +440,12 @@ def test_failures_are_failed_not_bad_settings(tmp_path: Path) -> None:
     assert load(folder).trials[1].status == "running"  # Ray may try again
     searcher.on_trial_complete("0", {})
     searcher.on_trial_complete("1", error=True)
+    for key in ("1 again", "and again"):
+        assert load(folder).trials[1].status == "running"
+        config = searcher.suggest(key)
+        assert config["trial"]["number"] == 1
+        scheduler.on_trial_error(None, SimpleNamespace(trial_id=key, error_file=tmp_path / "error"))
+        searcher.on_trial_complete(key, error=True)
     first, second = load(folder).trials.values()
     assert (first.status, first.attempts, first.error) == ("failed", 3, "OSError: no data")
     assert (second.status, second.error) == ("failed", "Boom: b")

@@ -7,6 +7,7 @@ is decided in `study.py`; here only whose turn it is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparsetune.search.study import MemberSearch, SearchMember, StartPoint
 __all__ = ["JournalSearcher", "MemberSearch", "Reraise", "SearchMember", "StartPoint"]
 
 SYNC_SECONDS = 1.0  # how late reports may reach the disk
+LOSSES = 3  # of a trial that Ray gave up; then it has failed
 
 
 class JournalSearcher(Searcher):
@@ -46,6 +48,7 @@ class JournalSearcher(Searcher):
         # Ray's id of an attempt -> our trial, and the engine that it is in
         self._live: dict[str, tuple[str, int, str]] = {}
         self._failures: dict[str, str] = {}  # Ray's id -> the last error
+        self._lost: Counter[tuple[str, int]] = Counter()  # our trial -> how often Ray gave it up
 
     @property
     def draining(self) -> bool:
@@ -70,7 +73,8 @@ class JournalSearcher(Searcher):
     ) -> None:
         # The slot is free from here on, and not from the `end` event on: before Ray has the
         # trial's process back, the next trial would get a new one. Without an error, a trial that
-        # is open in the journal stays so for the next driver; with one, Ray has given it up.
+        # is open in the journal stays so for the next driver. With one, Ray has given it up, as it
+        # does, however many failures it may have, where the process died before the trial began.
         name, number, engine = self._live.pop(trial_id, ("", -1, ""))
         if name:
             self._release(engine, name, number)
@@ -78,6 +82,11 @@ class JournalSearcher(Searcher):
             return
         search = self.searches[name]
         if search.record.trials[number].status == "running":
+            self._lost[name, number] += 1
+            if self._lost[name, number] < LOSSES:
+                assert self._open is not None
+                self._open.append((name, number))
+                return
             try:
                 search.end(number, "failed", error=self._failures.get(trial_id))
             except Exception as bug:  # noqa: BLE001  Reraise raises it
@@ -98,7 +107,7 @@ class JournalSearcher(Searcher):
             self._open.sort(key=lambda entry: entry[1], reverse=True)
         wanting = [s for s in self.searches.values() if len(s.record.trials) < s.record.asked]
         if not self._open and not wanting:
-            return Searcher.FINISHED
+            return None if self._live else Searcher.FINISHED  # Ray may give up one of those
         if len(self._live) >= self.concurrency:
             return None
         if self._open:
