@@ -26,6 +26,7 @@ ANSWER_SECONDS = 5.0  # how long a cluster's head may take to answer
 QUIET = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the journal is the truth; a snapshot costs 13 ms
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # tried again, or in the trial's error.txt
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # users' relative paths and modules go on meaning the same
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -20,6 +20,9 @@ __all__ = ["JournalSearcher", "MemberSearch", "Reraise", "SearchMember", "StartP
 
 SYNC_SECONDS = 1.0  # how late reports may reach the disk
 LOSSES = 3  # of a trial that Ray gave up; then it has failed
+# What Ray itself reads of a result, and we of a last result that Ray repeats.
+KEPT = {"trial_id", "done", "pid", "node_ip", "training_iteration", "should_checkpoint"}
+KEPT |= {"epoch", "attempt", "failed", "moved"}
 
 
 class JournalSearcher(Searcher):
@@ -169,6 +172,14 @@ class Reraise(Callback):
     def setup(self, *_: Any, **info: Any) -> None:
         """`begin` is called when Tune has installed its signal handlers."""
         self._begin()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """The scheduler has had the result. Of each metric Ray would keep ten statistics and the
+        last values, 70 KB a trial that nobody asks for, and write them down in the end."""
+        for key in result.keys() - KEPT:
+            del result[key]
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._searcher.error is not None:
