@@ -15,6 +15,7 @@ from sparsetune.status import front, shown, wide_console
 
 EVERY_SECONDS = 0.5  # between two drawings in a terminal
 EVERY_SECONDS_IN_FILE = 30.0  # between two lines where output is no terminal
+SHARE = 0.02  # of the driver's time at most: a drawing looks at all trials, and there may be many
 
 
 class Progress:
@@ -25,7 +26,7 @@ class Progress:
         self._console = wide_console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._began = time.monotonic()
-        self._drawn = 0.0
+        self._due = 0.0
         self._note = ""
         self._epochs_before = self._epochs_done()
 
@@ -48,7 +49,7 @@ class Progress:
         self._note = text
         if not self._console.is_terminal:
             self._console.print(text)
-        self._drawn = 0.0
+        self._due = 0.0
 
     def epoch(self, member: str, metrics: dict[str, float], epochs: int) -> None:
         """A line for each epoch of the one trial that `sparsetune train` trains."""
@@ -61,14 +62,16 @@ class Progress:
     def update(self) -> None:
         """Draws, if the last time was long enough ago."""
         terminal = self._console.is_terminal
-        now = time.monotonic()
-        if now - self._drawn < (EVERY_SECONDS if terminal else EVERY_SECONDS_IN_FILE):
+        began = time.monotonic()
+        if began < self._due:
             return
-        self._drawn = now
         if terminal:
             self._live.update(self._table(), refresh=True)
         else:
             self._console.print(self._line())
+        now = time.monotonic()
+        every = EVERY_SECONDS if terminal else EVERY_SECONDS_IN_FILE
+        self._due = now + max(every, (now - began) / SHARE)
 
     def _epochs_done(self) -> int:
         return sum(len(record.order) for _, record in self._records.values())

@@ -41,19 +41,22 @@ def front(member: Member, record: journal.Member) -> list[Trial]:
         metrics = trial.reports[-1].metrics
         return [sign * metrics[name] for sign, name in zip(signs, member.objectives, strict=True)]
 
-    found = feasible(member, record)
+    # Whoever beats a trial comes before it in this order, and so does one that nobody beats.
+    ordered = sorted(
+        ((scores(trial), trial) for trial in feasible(member, record)),
+        key=lambda each: (each[0], -each[1].number),
+        reverse=True,
+    )
     if len(signs) == 1:
-        return [max(found, key=lambda trial: (scores(trial), -trial.number))] if found else []
-
-    def beaten(trial: Trial) -> bool:
-        mine = scores(trial)
-        others = (scores(other) for other in found)
-        return any(
+        return [trial for _, trial in ordered[:1]]
+    best: list[tuple[list[float], Trial]] = []
+    for mine, trial in ordered:
+        if not any(
             other != mine and all(a >= b for a, b in zip(other, mine, strict=True))
-            for other in others
-        )
-
-    return [trial for trial in found if not beaten(trial)]
+            for other, _ in best
+        ):
+            best.append((mine, trial))
+    return sorted((trial for _, trial in best), key=lambda trial: trial.number)
 
 
 def _described(member: Member, trial: Trial) -> dict[str, Any]:

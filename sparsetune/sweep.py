@@ -215,11 +215,16 @@ class Recording:
         self._sent: dict[str, dict[int, int]] = {one.member.name: {} for one in members}
         self._first_open = {one.member.name: 0 for one in members}
 
-    def send(self) -> None:
+    def send(self, last: bool = False) -> None:
+        """As much as W&B can take for now, and the `last` time all."""
+        if self.tracker.mode == "disabled":
+            return
         for one in self._members:
             record, sent = one.journal.record, self._sent[one.member.name]
             start = self._first_open[one.member.name]
             for number in range(start, len(record.trials)):
+                if self.tracker.behind and not last:
+                    return
                 self._send_trial(one, number, sent)
                 # Ended and sent trials at the front need not be looked at again.
                 if number == self._first_open[one.member.name] and sent.get(number) == -1:
@@ -282,7 +287,7 @@ def run(members: list[OpenMember]) -> int:
             searches = [search_member(one, sweep.scheduling) for one in members]
             slots = max(engine.slots for engine in _engines(members))
             tune_all(searches, sweep.settings, sweep.scheduling, slots, watch)
-    recording.send()
+    recording.send(last=True)
     return _close(folder, members, recording)
 
 

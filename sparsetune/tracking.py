@@ -132,6 +132,11 @@ class Tracker:
             self._problem(f"{self._recorded_file.name} cannot be used", error)
         self._thread.start()
 
+    @property
+    def behind(self) -> bool:
+        """Is so much waiting that the rest had better stay where it comes from for now?"""
+        return self._queue.qsize() >= QUEUED // 10
+
     def recorded(self, member: str, number: int) -> str:
         """The status with which the trial's record is complete in W&B; "" while it is not."""
         return self._recorded.get(run_id(self.sweep_id, member, number), "")
@@ -174,7 +179,7 @@ class Tracker:
         if self.mode == "disabled" or run in self._left_out:
             return
         try:
-            self._queue.put((action, run, *given), timeout=0.2)
+            self._queue.put((action, run, *given), timeout=0 if self._left_out else 0.2)
         except queue.Full:
             self._left_out.add(run)
             self._problem("slower than the sweep; a resume completes the trials left out")
@@ -204,7 +209,8 @@ class Tracker:
         if run in self._open:
             return
         last = {"run": -1, "offline": -1}  # how a run's folder begins, online and offline
-        for file in (self.folder / "wandb").glob(f"*run-*/run-{run}.wandb"):
+        # With the id in the folder's pattern, no other run's folder is looked into.
+        for file in (self.folder / "wandb").glob(f"*run-*-{run}*/run-{run}.wandb"):
             kind = file.parent.name.split("-")[0]
             step, whole, _ = read_back(file)
             last[kind] = max(last[kind], step)

@@ -186,7 +186,8 @@ def test_kill(tmp_path: Path) -> None:
     (run,) = read_runs(tmp_path)
     assert len(run.files) == 2
     assert steps(run)[:5] == [1, 2, 3, 4, 5]
-    empty = tmp_path / "wandb" / "offline-run-20200101_000000-x" / f"run-{run.id}.wandb"
+    folder = f"offline-run-20200101_000000-{run.id}"
+    empty = tmp_path / "wandb" / folder / f"run-{run.id}.wandb"
     empty.parent.mkdir()
     empty.write_bytes(first.read_bytes()[:7])  # as if killed before anything was written
     (tmp_path / "wandb-recorded.jsonl").write_text('{"id": "a", "status": "fin')
