@@ -410,7 +410,7 @@ def test_checkpoints_that_cannot_be_written_fail_no_trial(
     """Reading them waits; writing them waits, and is then left out."""
     settings = TrialSettings(method="set", density=0.5, epochs=2)
     settings.data.limit, settings.model.widths = 200, [16]
-    monkeypatch.setattr(actor, "AWAY_SECONDS", 0.4)
+    monkeypatch.setattr(actor, "SAVE_SECONDS", 0.4)
     engine = actor.Engine("cpu", "solo", 4, 1, 0.5, str(tmp_path))
     newest, calls = checkpoint.newest, []
 

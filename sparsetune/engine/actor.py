@@ -3,8 +3,9 @@
 The rule to know: a thread trains, an epoch at a time; between two epochs trials enter and leave.
 After an epoch at which the scheduler may stop trials, it waits until each of them has asked for
 more or has left, so a stopped trial costs no epoch more; elsewhere it goes on while they report.
-Checkpoints are written here. Storage that is away makes the engine wait, and in the end go on
-without a checkpoint, which costs epochs should it be killed; it never makes a trial fail.
+Checkpoints are written here. Storage that is away makes no trial fail: the engine waits for some
+seconds and goes on without the checkpoint, so that the driver, which says so and waits for as long
+as it takes, comes to write what is reported.
 
 An actor that was killed comes back empty, and its trials attach again and go on from their
 checkpoints. Those that have seen two engines die without an epoch in between are suspects: each is
@@ -32,7 +33,7 @@ from sparsetune import checkpoint, files
 from sparsetune.checkpoint import Snapshot
 from sparsetune.data import Dataset
 from sparsetune.engine.pool import Pool, choose, prepare, structure
-from sparsetune.files import AWAY_SECONDS, StorageAway, insist, why
+from sparsetune.files import StorageAway, insist, why
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import TrialSettings, from_dict
 from sparsetune.trainer import Metrics
@@ -41,6 +42,7 @@ T = TypeVar("T")
 POLL_SECONDS = 20.0  # how long an answer may take; the trial then asks again, which shows it lives
 LEASE_SECONDS = 90.0  # a trial that asked nothing for so long has lost its process
 PATIENCE_SECONDS = 2.0  # how long the next epoch waits for trials that are undecided
+SAVE_SECONDS = 10.0  # how long an engine waits for storage that is away
 WRITERS = 8  # checkpoints that are written at once
 AHEAD = 2  # epochs that may be trained before a trial has reported the first of them
 # Slots of csr in different epochs have a matrix of batches each, which costs about as much as one
@@ -124,7 +126,7 @@ class Engine:
         self._pools: dict[str, Pool] = {}  # by structure
         self._datasets: dict[str, Dataset] = {}
         self._tokens = 0
-        self._patience = AWAY_SECONDS
+        self._patience = SAVE_SECONDS
         self._writers = ThreadPoolExecutor(WRITERS)
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -344,13 +346,13 @@ class Engine:
         place.suspect, place.records = False, records
 
     def _stored(self, action: Callable[[], T]) -> T:
-        """Does what needs the storage; waits while that is away. StorageAway where it stays so."""
+        """Does what needs the storage; StorageAway where that stays away."""
         try:
             result = insist(action, self._trouble)
         except OSError as error:
             self._patience = 1.0  # the next one need not wait for so long
             raise StorageAway(f"storage: {why(error)}") from error
-        self._patience = AWAY_SECONDS
+        self._patience = SAVE_SECONDS
         return result
 
     def _trouble(self, error: OSError, waited: float) -> None:
