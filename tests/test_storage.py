@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -462,14 +462,32 @@ def wait_for(process: subprocess.Popen[bytes], there: Any, seconds: float = 120)
         time.sleep(0.1)
 
 
+Begin = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """`test_sweep.start`, and what it started ends with the test."""
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def begin(*given: Any) -> subprocess.Popen[bytes]:
+        begun.append(start(*given))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.slow
 def test_a_sweep_on_an_object_store_is_killed_and_resumed(
-    folder: Path, tmp_path: Path, server: S3Server
+    folder: Path, tmp_path: Path, server: S3Server, begin: Begin
 ) -> None:
     """kill -9 of the driver, the server away for a while, then complete; seen from elsewhere."""
     words = ["sweep", "set", "static", "density=0.2", "name=cut", "trials=4", "epochs=30"]
     words += TOY[1:]
-    process = start(tmp_path, *words, f"storage={folder}", "scheduler.name=none")
+    process = begin(tmp_path, *words, f"storage={folder}", "scheduler.name=none")
     members = [folder / "cut" / name for name in ("set@0.2", "static@0.2")]
 
     def epochs() -> int:
@@ -483,7 +501,7 @@ def test_a_sweep_on_an_object_store_is_killed_and_resumed(
     process.wait()
     (tmp_path / "elsewhere").mkdir()
     before = epochs()
-    process = start(tmp_path / "elsewhere", "resume", "cut", f"storage={folder}")
+    process = begin(tmp_path / "elsewhere", "resume", "cut", f"storage={folder}")
     wait_for(process, lambda: epochs() >= before + 10)
     os.kill(server.process.pid, signal.SIGSTOP)
     time.sleep(8)
@@ -501,8 +519,8 @@ def test_a_sweep_on_an_object_store_is_killed_and_resumed(
 
 
 @pytest.mark.slow
-def test_a_driver_whose_sweep_was_taken_over_stops(tmp_path: Path) -> None:
-    process = start(tmp_path, "sweep", "set", "name=two", "trials=40", "epochs=400", *TOY[1:])
+def test_a_driver_whose_sweep_was_taken_over_stops(tmp_path: Path, begin: Begin) -> None:
+    process = begin(tmp_path, "sweep", "set", "name=two", "trials=40", "epochs=400", *TOY[1:])
     wait_for(process, lambda: reports(tmp_path) >= 5)
     path = tmp_path / "sweeps/two" / lock.LOCK_FILE
     other = json.loads(path.read_text()) | {"token": "other", "host": "elsewhere", "pid": 7}
@@ -515,7 +533,7 @@ def test_a_driver_whose_sweep_was_taken_over_stops(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_no_trial(tmp_path: Path) -> None:
+def test_a_full_disk_stops_no_trial(tmp_path: Path, begin: Begin) -> None:
     """A disk of 3 MB is filled while a sweep runs, and has room again some seconds later."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -525,7 +543,7 @@ def test_a_full_disk_stops_no_trial(tmp_path: Path) -> None:
     try:
         words = ["sweep", "set", "static", "density=0.2", "name=full", "trials=4", "epochs=40"]
         words += [*TOY[1:-1], "wandb.mode=disabled", "scheduler.name=none", f"storage={disk}"]
-        process = start(tmp_path, *words)
+        process = begin(tmp_path, *words)
         wait_for(process, lambda: reports(disk) >= 20)
         with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while filler.write(b"\0" * 4096):
