@@ -66,7 +66,7 @@ class Dimension:
         steps = (value - self.low) / step if step else 0.0
         return self.low <= value <= self.high and abs(steps - round(steps)) < 1e-8
 
-    def suggest(self, trial: optuna.trial.Trial, key: str) -> Any:
+    def suggest(self, trial: optuna.trial.BaseTrial, key: str) -> Any:
         if self.low is None or self.high is None:
             return trial.suggest_categorical(key, self.choices)
         if isinstance(self.low, int):
@@ -114,7 +114,7 @@ class Space:
     search: dict[str, Dimension]
     start: dict[str, dict[str, Any]]
 
-    def suggest(self, trial: optuna.trial.Trial) -> dict[str, Any]:
+    def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         """Suggests every key that applies, those others depend on first: dotted key -> value."""
         params: dict[str, Any] = {}
         for key, dimension in self.search.items():
@@ -123,9 +123,9 @@ class Space:
         return params
 
     def points(self) -> list[Point]:
-        return [self._point(name, values) for name, values in self.start.items()]
+        return [self.point(name, values) for name, values in self.start.items()]
 
-    def _point(self, name: str, values: dict[str, Any]) -> Point:
+    def point(self, name: str, values: Mapping[str, Any]) -> Point:
         params: dict[str, Any] = {}
         complete = True
         for key, dimension in self.search.items():

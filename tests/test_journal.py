@@ -101,6 +101,26 @@ def test_what_is_appended_is_what_is_read(tmp_path: Path) -> None:
     assert all(abs(event["time"] - time.time()) < 60 for event in events)
 
 
+def test_a_failed_trial_is_open_again_and_a_member_described_anew(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, {"trials": 1, "member": {"space": "narrow"}})
+    journal.append(suggest(0))
+    journal.append(report(0, 1))
+    journal.append(end(0, "failed", attempt=3, error="OSError"))
+    journal.append({"type": "retry", "number": 0})
+    trial = journal.record.trials[0]
+    assert (trial.status, trial.attempts, trial.error, trial.ended) == ("running", 1, None, None)
+    journal.append(report(0, 2))
+    journal.append(end(0))
+    assert not journal.record.widened
+    journal.append({"type": "extend", "trials": 1, "member": {"space": "wide"}})
+    journal.close()
+    member = load(tmp_path)
+    assert (member.trials[0].status, member.trials[0].failures) == ("finished", ["OSError"])
+    assert member.order == [(0, 1), (0, 2)]
+    assert (member.header["member"], member.widened) == ({"space": "wide"}, True)
+    assert (member.asked, member.header["trials"]) == (1, 1)
+
+
 def test_a_second_journal_is_not_created_over_the_first(tmp_path: Path) -> None:
     path = written(tmp_path)
     before = path.read_bytes()
@@ -182,6 +202,9 @@ def test_other_versions_and_other_files_are_refused(tmp_path: Path) -> None:
         ([suggest(0), end(0, "gone")], "'gone' is none of"),
         ([{"type": "extend", "trials": 1}], "extended from 2 to 1"),
         ([{"type": "retrial"}], "unknown event"),
+        ([{"type": "retry", "number": 0}], "'retry' of trial 0, which has not failed"),
+        ([suggest(0), end(0), {"type": "retry", "number": 0}], "which has not failed"),
+        ([suggest(0), end(0, "failed"), {"type": "retry", "number": 0}, end(0), end(0)], "has fin"),
         ([suggest(0), {"type": "report", "number": 0}], "lacks 'epoch'"),
     ],
 )

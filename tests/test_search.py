@@ -491,6 +491,59 @@ def test_duplicates_are_asked_again_and_accepted_when_nothing_is_left(tmp_path: 
     assert len(search.study.get_trials()) == 2
 
 
+def gp(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=3)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("sampler", [optuna.samplers.RandomSampler, tpe, gp, nsga])
+def test_duplicates_are_replaced_by_each_sampler_and_after_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: Any
+) -> None:
+    """Questions that were asked again are in the living study and not in the rebuilt one."""
+
+    def few(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        return {
+            "hp.zeta": trial.suggest_float("hp.zeta", 0.1, 0.3, step=0.1),
+            "variant.prune": trial.suggest_categorical("variant.prune", ["signwise", "threshold"]),
+        }
+
+    def fixed(params: dict[str, Any], fixed: dict[str, Any], number: int) -> dict[str, Any]:
+        return configure(params, {**fixed, "optimizer.lr": 0.1}, number)
+
+    asked = 0
+    ask, append = optuna.Study.ask, Journal.append
+
+    def counted(study: optuna.Study, *given: Any, **named: Any) -> optuna.trial.Trial:
+        nonlocal asked
+        asked += 1
+        return ask(study, *given, **named)
+
+    def dying(journal: Journal, event: dict[str, Any], durable: bool = True) -> None:
+        append(journal, event, durable)
+        if journal.path.parent.parent.name == "killed" and event["type"] == "end":
+            raise Killed
+
+    monkeypatch.setattr(optuna.Study, "ask", counted)
+    monkeypatch.setattr(Journal, "append", dying)
+    changes: dict[str, Any] = {"ask": few, "configure": fixed, "start_points": []}
+    changes |= {"make_sampler": sampler, "trials": 6}
+    folders = [tmp_path / name / "set" for name in ("straight", "killed")]
+    for folder in folders:
+        while True:
+            try:
+                searcher = drive([member_at(folder, **changes)], asha=None)
+                break
+            except Killed:
+                continue
+    assert asked > 2 * 6  # some were repeated
+    assert same(*folders)
+    settings = [json.dumps(trial.params) for trial in load(folders[0]).trials.values()]
+    assert len(settings) == 6
+    assert len(set(settings)) >= 5  # the sixth may take more draws of six
+    assert TrialState.RUNNING not in states(searcher, "killed/set")
+
+
 def test_several_objectives_give_a_front(tmp_path: Path) -> None:
     folder = tmp_path / "toy" / "set"
     changes: dict[str, Any] = {
@@ -669,4 +722,34 @@ def test_ray_tune_ends_with_the_exception_of_a_searcher(tmp_path: Path, ray_sess
 
     member = member_at(tmp_path / "toy" / "set", trials=3, ask=broken)
     with pytest.raises(ZeroDivisionError, match="in the space"):
+        run_tune(tmp_path / "ray", [member], 1)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        (JournalSearcher, "_complete"),
+        (JournalSearcher, "failure"),
+        (JournalScheduler, "_result"),
+        (JournalScheduler, "on_trial_add"),
+        (JournalScheduler, "choose_trial_to_run"),
+        (Reraise, "on_trial_result"),
+        (Reraise, "on_step_end"),
+    ],
+    ids=lambda place: f"{place[0].__name__}.{place[1]}",
+)
+def test_ray_tune_ends_with_the_exception_of_any_hook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None, place: tuple[Any, str]
+) -> None:
+    def broken(*given: Any, **named: Any) -> Any:
+        raise ZeroDivisionError("in a hook")
+
+    monkeypatch.setattr(*place, broken)
+    how = "raise" if place[1] == "failure" else ""
+    member = member_at(
+        tmp_path / "toy" / "set",
+        trials=4,
+        configure=lambda params, fixed, number: {**configure(params, fixed, number), "poison": how},
+    )
+    with pytest.raises(Exception, match="in a hook"):
         run_tune(tmp_path / "ray", [member], 1)

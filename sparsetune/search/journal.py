@@ -11,7 +11,9 @@ number `seq`, the wall-clock `time` and a `type`:
     suggest  number, params, distributions, origin, fixed, in_study, attrs (the sampler's notes)
     report   number, epoch, metrics, decision      epochs of a trial are 1, 2, 3, without a gap
     end      number, status, attempt, error        the last word about a trial
-    extend   trials                                the new total
+    extend   trials, member                        the new total; what the header says of the member
+                                                   from now on, where its ranges are wider
+    retry    number                                a failed trial is open again, where it was
     driver   generation, pid, host, versions       a process that took the sweep over
 
 Where the lines lie, one file or segments on an object store, is `lines.py`'s matter.
@@ -90,6 +92,7 @@ class Trial:
     attempts: int = 1
     error: str | None = None
     ended: float | None = None
+    failures: list[str | None] = field(default_factory=list)  # errors of ends that were retried
 
 
 @dataclass
@@ -101,6 +104,7 @@ class Member:
     trials: dict[int, Trial] = field(default_factory=dict)  # in number order
     order: list[tuple[int, int]] = field(default_factory=list)  # (number, epoch) as reported
     generation: int = 0
+    widened: bool = False  # trials may have been suggested from narrower ranges
 
 
 def replay(events: Iterable[Event], source: Path | str = FILE) -> Member:
@@ -279,6 +283,10 @@ def _check(member: Member, event: Event) -> None:
             )
         if kind == "end" and event["status"] not in ENDED:
             raise JournalError(f"status '{event['status']}' is none of {', '.join(ENDED)}")
+    elif kind == "retry":
+        trial = member.trials.get(event["number"])
+        if trial is None or trial.status != "failed":
+            raise JournalError(f"'retry' of trial {event['number']}, which has not failed")
     elif kind == "extend":
         if event["trials"] < member.asked:
             raise JournalError(f"extended from {member.asked} to {event['trials']} trials")
@@ -307,8 +315,15 @@ def _apply(member: Member, event: Event) -> None:
         trial = member.trials[event["number"]]
         trial.status, trial.ended = event["status"], event["time"]
         trial.attempts, trial.error = event.get("attempt", 1), event.get("error")
+    elif kind == "retry":
+        trial = member.trials[event["number"]]
+        trial.failures.append(trial.error)
+        trial.status, trial.attempts, trial.error, trial.ended = "running", 1, None, None
     elif kind == "extend":
         member.asked = event["trials"]
+        if "member" in event:
+            member.header = {**member.header, "member": event["member"]}
+            member.widened = True
     elif kind == "driver":
         member.generation = event["generation"]
 

@@ -74,6 +74,12 @@ class JournalSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
+        try:
+            self._complete(trial_id, error)
+        except Exception as bug:  # noqa: BLE001  Reraise raises it
+            self.error = self.error or bug
+
+    def _complete(self, trial_id: str, error: bool) -> None:
         # The slot is free from here on, and not from the `end` event on: before Ray has the
         # trial's process back, the next trial would get a new one. Without an error, a trial that
         # is open in the journal stays so for the next driver. With one, Ray has given it up, as it
@@ -90,10 +96,7 @@ class JournalSearcher(Searcher):
                 assert self._open is not None
                 self._open.append((name, number))
                 return
-            try:
-                search.end(number, "failed", error=self._failures.get(trial_id))
-            except Exception as bug:  # noqa: BLE001  Reraise raises it
-                self.error = bug
+            search.end(number, "failed", error=self._failures.get(trial_id))
 
     def failure(self, trial_id: str, text: str) -> None:
         """What to write down should Ray give this attempt up; it says so to the scheduler only."""

@@ -30,7 +30,8 @@ STATES = {
     "diverged": TrialState.FAIL,
     "failed": TrialState.FAIL,
 }
-ASKS = 5  # how often Optuna may repeat an earlier suggestion before the repetition is accepted
+ASKS = 5  # how often a sampler may repeat earlier suggestions before chance is asked instead,
+CHANCES = 10  # and how often chance may, before a repetition is accepted: there is nothing left
 
 
 class NSGAII(optuna.samplers.NSGAIISampler):
@@ -63,7 +64,7 @@ class SearchMember:
     name: str  # "mnist/set@0.05"
     journal: Journal
     # Suggests every searched key on the Optuna trial and returns them, dotted key -> value.
-    ask: Callable[[optuna.trial.Trial], dict[str, Any]]
+    ask: Callable[[optuna.trial.BaseTrial], dict[str, Any]]
     start_points: list[StartPoint]  # trials 0, 1, ...
     make_sampler: Callable[[int], optuna.samplers.BaseSampler]  # seed -> a fresh sampler
     # (params, fixed, number) -> the nested configuration that the trainable gets.
@@ -178,11 +179,12 @@ class MemberSearch:
         return all(math.isfinite(metrics[name]) for name in self.member.objectives)
 
     def _sampled(self, number: int) -> optuna.trial.Trial:
-        for attempt in range(ASKS):
+        for attempt in range(ASKS + CHANCES):
             self.study.sampler = self._sampler(number, attempt)
             asked = self.study.ask()
             self._ask(asked)
-            if not asked.params or _key(asked.params) not in self._seen or attempt == ASKS - 1:
+            last = attempt == ASKS + CHANCES - 1
+            if last or not asked.params or _key(asked.params) not in self._seen:
                 break
             # Optuna has no way to withdraw a question. No sampler looks at trials that failed.
             self.study.tell(asked, state=TrialState.FAIL)
@@ -211,7 +213,7 @@ class MemberSearch:
             state=TrialState.WAITING, system_attrs={"fixed_params": trial.params, **trial.attrs}
         )
         self.study.add_trial(waiting)
-        asked = self.study.ask(fixed_distributions=_from_json(trial.distributions))
+        asked = self.study.ask(fixed_distributions=self._distributions(trial))
         if len(self.member.objectives) == 1:
             for epoch, metrics, _ in trial.reports:
                 asked.report(metrics.get(self.member.objectives[0], math.nan), step=epoch)
@@ -230,11 +232,20 @@ class MemberSearch:
             state=STATES[trial.status],
             values=values,
             params=trial.params,
-            distributions=_from_json(trial.distributions),
+            distributions=self._distributions(trial),
             system_attrs=dict(trial.attrs),
             intermediate_values=intermediate,
             constraints=self._constraints(trial),
         )
+
+    def _distributions(self, trial: Trial) -> dict[str, BaseDistribution]:
+        """As they were when it was suggested, or as wide as they are now: TPE would leave a key
+        whose ranges differ out of what it searches jointly."""
+        if not self.record.widened:
+            return _from_json(trial.distributions)
+        known = optuna.trial.FixedTrial(trial.params)
+        self.member.ask(known)
+        return known.distributions
 
     def _ask(self, asked: optuna.trial.Trial) -> None:
         params = self.member.ask(asked)
@@ -243,9 +254,10 @@ class MemberSearch:
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
         text = f"{self._seed} {self._seed_name} {number} {attempt}"
-        return self.member.make_sampler(
-            int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-        )
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        if attempt >= ASKS:
+            return optuna.samplers.RandomSampler(seed)
+        return self.member.make_sampler(seed)
 
     def _values(self, trial: Trial) -> list[float] | None:
         if trial.status != "finished":
