@@ -149,24 +149,40 @@ def _named(words: tuple[str, ...], allowed: set[str]) -> dict[str, Any]:
 
 
 @main.command()
+@click.option("--allow-wider", is_flag=True, help="Let the words widen ranges of the search.")
+@click.option("--retry-failed", is_flag=True, help="Failed trials go on from their checkpoints.")
 @WORDS
-def resume(words: tuple[str, ...]) -> None:
+def resume(words: tuple[str, ...], allow_wider: bool, retry_failed: bool) -> None:
     """Go on with a sweep or one of its members, or extend it.
 
     \b
-    sparsetune resume NAME [trials=N] [storage=FOLDER]
-    Where trials run may change: concurrency device ray.address resources.* wandb.mode
+    sparsetune resume NAME [trials=N] [storage=FOLDER] [--retry-failed]
+    sparsetune resume NAME [SPACE ...] [key=value ...] [--allow-wider]
+    Where trials run may change: concurrency device engine ray.address resources.* wandb.mode.
+    What else is given must be what the sweep has; ranges may become wider, with --allow-wider.
     """
-    from sparsetune import status, sweep
+    from sparsetune import changes, status, sweep
 
+    specs = [word for word in words if "=" not in word]
+    keys = {"name", "storage", "trials", *changes.PLACES}
+    own = [word for word in words if word.partition("=")[0].strip() in keys]
+    if not any(word.startswith("name=") for word in own):
+        own, specs = specs[:1] + own, specs[1:]
     with ExitStack() as stack:
         with user_errors():
-            given = _named(words, {"trials", *sweep.PLACES})
+            given = _named(tuple(own), keys)
             if "name" not in given:
                 known = ", ".join(status.sweeps(given["storage"])) or "none"
                 raise ValueError(f"resume: give the name of a sweep; there are: {known}")
-            places = {key: given[key] for key in sweep.PLACES if key in given}
-            opened = sweep.opened(given["storage"], given["name"], given.get("trials"), places)
+            wanted = sweep.Extension(
+                trials=given.get("trials"),
+                places={key: given[key] for key in changes.PLACES if key in given},
+                specs=specs,
+                words=[word for word in words if "=" in word and word not in own],
+                allow_wider=allow_wider,
+                retry_failed=retry_failed,
+            )
+            opened = sweep.opened(given["storage"], given["name"], wanted)
             members = stack.enter_context(opened)
         sys.exit(_run(members))
 

@@ -21,9 +21,7 @@ def import_object(path: str, key: str) -> Any:
     module_name, _, name = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
         raise ValueError(f"{key}: {path!r} is no import path; write package.module:name")
-    # A console script, unlike `python -m`, does not search the working directory.
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    search_here()
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
@@ -37,6 +35,12 @@ def import_object(path: str, key: str) -> Any:
         public = [public for public in vars(module) if not public.startswith("_")]
         raise ValueError(f"{key}: module {module_name!r} has no {name!r}{suggestion(name, public)}")
     return getattr(module, name)
+
+
+def search_here() -> None:
+    """A console script, unlike `python -m`, does not search the working directory by itself."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 @contextmanager

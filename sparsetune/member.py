@@ -71,7 +71,7 @@ class Member:
     def start_points(self) -> list[StartPoint]:
         return [StartPoint(*point) for point in self.space.points()]
 
-    def ask(self, trial: optuna.trial.Trial) -> dict[str, Any]:
+    def ask(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         return self.space.suggest(trial)
 
     def make_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
@@ -208,8 +208,12 @@ class Sweep:
 # From words to a sweep ----------------------------------------------------------------------------
 
 
-def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep:
-    """The sweep that a command line asks for. ValueError, one clear message, for what is wrong."""
+def resolve(
+    space_specs: list[str], words: list[str], command: Command, exists: bool = False
+) -> Sweep:
+    """The sweep that a command line asks for. ValueError, one clear message, for what is wrong.
+
+    `exists`: it has begun, and its command line is read once more."""
     given = config.parse_words(words)
     spaces = [space.load(spec) for spec in space_specs]
     _check_stems(spaces)
@@ -225,7 +229,8 @@ def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep
     spaces = _overridden(spaces, given, common)
     name, storage = common.get("name", ""), config.build(common).storage
     folder = config.storage_folder(storage)
-    _check_place(name, folder)
+    if not exists:
+        _check_place(name, folder)
     members = [
         each for one in spaces for each in _members(one, common, densities, command == "train")
     ]
@@ -235,8 +240,30 @@ def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep
             f"density: two members would be called '{twice[0].partition('/')[2]}'; give densities "
             "that differ in their first six digits"
         )
-    _check_members(members)
+    check_members(members)
     return Sweep(name, folder, members)
+
+
+def reworded(members: list[Member], words: list[str]) -> list[Member]:
+    """The members as `words` would have them: all else stays as it is, whatever the spaces' files
+    say by now."""
+    given = config.parse_words(words)
+    densities = given.pop("density", None)
+    has = list(dict.fromkeys(member.density for member in members))
+    if densities is not None and densities != [each for each in has if each is not None]:
+        raise ValueError(
+            f"density: the members of this sweep have {', '.join(f'{d:g}' for d in has if d)}; "
+            "for others begin a sweep under another name"
+        )
+    common = {k: v for k, v in given.items() if not k.startswith(("search.", "hp.", "variant."))}
+    spaces = _overridden([member.space for member in members], given, common)
+    new = []
+    for member, own in zip(members, spaces, strict=True):
+        fixed = {k: v for k, v in own.fixed.items() if config.is_trial_key(k)}
+        settings = config.replaced(member.settings, {**fixed, **common})
+        new.append(dataclasses.replace(member, space=own, settings=settings))
+    check_members(new)
+    return new
 
 
 def _check_stems(spaces: list[Space]) -> None:
@@ -449,7 +476,7 @@ def _writable(folder: Path) -> bool:
     return True
 
 
-def _check_members(members: list[Member]) -> None:
+def check_members(members: list[Member]) -> None:
     datasets: dict[str, data.Dataset] = {}
     for member in members:
         settings = member.settings

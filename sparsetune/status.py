@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sparsetune.files import S3Path
 from sparsetune.member import Member
 from sparsetune.search import journal
 from sparsetune.search.journal import Trial, holder
@@ -123,12 +124,21 @@ def member_folders(storage: Path, name: str) -> list[Path]:
     if not found:
         known = ", ".join(sweeps(storage)) or "none"
         raise ValueError(f"name: there is no sweep '{name}' in {storage}; there are: {known}")
-    orders = {path: journal.header(path)["order"] for path in found}
-    if 0 not in orders.values() and found != [folder]:  # on an object store it is written last
+    headers = {path: journal.header(path) for path in found}
+    orders = {path: header["order"] for path, header in headers.items()}
+    if isinstance(folder, S3Path) and 0 not in orders.values():  # there it is written last
         raise ValueError(
             f"name: creating '{name}' in {storage} was cut short, nothing was trained; delete it, "
             "or begin under another name"
         )
+    members = next(iter(headers.values())).get("members", [])
+    for member in members if found != [folder] else ():
+        path = folder / member.partition("/")[2]
+        if path not in headers:
+            raise ValueError(
+                f"{journal.home(path)}: no journal here, and the sweep has this member; restore "
+                f"it from a copy, or name a member: {name}/{found[0].name}"
+            )
     return sorted(found, key=lambda path: (orders[path], path.name))
 
 
@@ -204,7 +214,6 @@ def print_members(members: list[dict[str, Any]]) -> None:
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
 
 
-def print_result(folder: Path) -> None:
-    """The table of a sweep that a driver leaves behind."""
-    folders = member_folders(folder.parent, folder.name)
+def print_result(folders: list[Path]) -> None:
+    """The table of the members that a driver leaves behind."""
     print_members([summary(path, driven=False) for path in folders])

@@ -15,11 +15,11 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsetune import config
+from sparsetune import changes, config
 from sparsetune.alone import epochs
 from sparsetune.cluster import check_address, tune_all
 from sparsetune.data import Dataset
@@ -30,16 +30,11 @@ from sparsetune.member import Member, Scheduling, Sweep, check_machine, engine_c
 from sparsetune.progress import Progress
 from sparsetune.search.journal import Journal, SweepLock, Trial, exists
 from sparsetune.search.study import MemberSearch, SearchMember
+from sparsetune.space import Space
 from sparsetune.status import inside, is_done, member_folders, print_result
 from sparsetune.tracking import Tracker
 from sparsetune.trial import trial_folder, write_error
 from sparsetune.watch import Watch
-
-PLACES = (
-    "concurrency", "device", "engine", "ray.address", "resources.engines", "resources.slots",
-    "resources.threads_per_engine", "wandb.mode",
-)  # fmt: skip
-"""Settings that no result depends on, so that a sweep may go on elsewhere."""
 
 
 @dataclass
@@ -67,13 +62,20 @@ def create(sweep: Sweep, command: str) -> Path:
     )
     if folder.exists():
         raise ValueError(taken)
-    common = {"sweep_id": uuid.uuid4().hex, "command": command, "argv": sys.argv[1:]}
+    common = {
+        "sweep_id": uuid.uuid4().hex,
+        "command": command,
+        "argv": sys.argv[1:],
+        "members": [member.name for member in sweep.members],
+        "versions": versions(),
+    }
     headers = {}
     for order, member in enumerate(sweep.members):
         headers[member_stem(member)] = common | {
             "order": order,
             "trials": member.settings.trials,
             "data": load_data(member.settings.data).fingerprint,
+            "code": changes.code(member),
             "member": member.to_header(),
         }
     if isinstance(folder, S3Path):
@@ -114,50 +116,71 @@ def member_stem(member: Member) -> str:
     return member.name.partition("/")[2]
 
 
+@dataclass(frozen=True)
+class Extension:
+    """What a sweep that goes on is asked for besides what its journals lack."""
+
+    trials: int | None = None  # of each member
+    places: Mapping[str, Any] = field(default_factory=dict)  # where trials run, for this time alone
+    specs: list[str] = field(default_factory=list)  # spaces and key=value words, which should say
+    words: list[str] = field(default_factory=list)  # what the journals say
+    allow_wider: bool = False  # ranges that these only widen become those of the search
+    retry_failed: bool = False
+
+
 @contextmanager
-def opened(
-    storage: Path, name: str, trials: int | None = None, places: Mapping[str, Any] | None = None
-) -> Iterator[list[OpenMember]]:
+def opened(storage: Path, name: str, wanted: Extension | None = None) -> Iterator[list[OpenMember]]:
     """The members of sweep `name`, or one member, ours to write until the end of the `with`.
 
-    `trials` extends them. `places` are settings of where trials run, for this time alone.
+    ValueError, before anything is written, where they cannot go on as is `wanted`.
     """
+    wanted = wanted or Extension()
     folders = member_folders(storage, name)
     with ExitStack() as stack:
         lock = stack.enter_context(SweepLock(folders[0].parent))
-        members = []
+        journals = []
         for path in folders:
             writer = Journal.open(path)
             writer.guard = lock.check
             stack.callback(writer.close)
-            member = Member.from_header(writer.record.header["member"])
-            settings = config.replaced(member.settings, places or {})
-            check_machine(settings)
-            members.append(OpenMember(dataclasses.replace(member, settings=settings), writer))
-        for one in members:
-            _check_unchanged(one)
-        if trials is not None:
-            for one in members:
-                if trials < one.journal.record.asked:
-                    raise ValueError(
-                        f"trials: {one.member.name} was asked for {one.journal.record.asked} "
-                        f"already; give trials={one.journal.record.asked} or more"
-                    )
-                if trials > one.journal.record.asked:
-                    one.journal.append({"type": "extend", "trials": trials})
-        yield members
+            journals.append(writer)
+        _extend([_placed(each, wanted.places) for each in journals], wanted)
+        yield [_placed(each, wanted.places) for each in journals]
 
 
-def _check_unchanged(one: OpenMember) -> None:
-    """A search over other data is another search."""
-    then = one.journal.record.header["data"]
-    now = load_data(one.member.settings.data).fingerprint
-    if then != now:
-        raise ValueError(
-            f"data: the images of {one.member.settings.data.name} have changed since "
-            f"'{one.member.name}' began (fingerprint {then[:12]}, now {now[:12]}); put the old "
-            "data back, or begin a sweep under another name"
-        )
+def _placed(writer: Journal, places: Mapping[str, Any]) -> OpenMember:
+    member = Member.from_header(writer.record.header["member"])
+    settings = config.replaced(member.settings, places)
+    check_machine(settings)
+    return OpenMember(dataclasses.replace(member, settings=settings), writer)
+
+
+def _extend(members: list[OpenMember], wanted: Extension) -> None:
+    """Writes what is wanted into the journals, once nothing of it can be refused."""
+    spaces: list[Space | None] = [None] * len(members)
+    for one in members:
+        changes.check_unchanged(one.member, one.journal.record.header)
+        asked = one.journal.record.asked
+        if wanted.trials is not None and wanted.trials < asked:
+            raise ValueError(
+                f"trials: {one.member.name} was asked for {asked} already; give trials={asked} or "
+                "more"
+            )
+    if wanted.specs or wanted.words:
+        then = [one.member for one in members]
+        header = members[0].journal.record.header
+        now = changes.asked_again(then, header, wanted.specs, wanted.words)
+        spaces = [changes.wider(*pair, wanted.allow_wider) for pair in zip(then, now, strict=True)]
+    for one, space in zip(members, spaces, strict=True):
+        record = one.journal.record
+        event: dict[str, Any] = {"type": "extend", "trials": wanted.trials or record.asked}
+        if space is not None:
+            event["member"] = record.header["member"] | {"space": space.to_dict()}
+        if space is not None or event["trials"] > record.asked:
+            one.journal.append(event)
+        failed = [trial.number for trial in record.trials.values() if trial.status == "failed"]
+        for number in failed if wanted.retry_failed else ():
+            one.journal.append({"type": "retry", "number": number})
 
 
 def search_member(one: OpenMember, scheduling: Scheduling) -> SearchMember:
@@ -235,7 +258,8 @@ class Recording:
         if sent.get(number) == -1:
             return
         if number not in sent:
-            if trial.status != "running" and self.tracker.recorded(name, number) == trial.status:
+            recorded = self.tracker.recorded(name, number, len(trial.failures))
+            if trial.status != "running" and recorded == trial.status:
                 sent[number] = -1
                 return
             config = one.member.configure(trial.params, trial.fixed, number)
@@ -252,7 +276,8 @@ class Recording:
             self.tracker.log(name, number, epoch, metrics)
             sent[number] = epoch
         if trial.status != "running":
-            self.tracker.finish(name, number, trial.status, best_values(one.member, trial))
+            best = best_values(one.member, trial)
+            self.tracker.finish(name, number, trial.status, best, len(trial.failures))
             sent[number] = -1
 
 
@@ -327,7 +352,7 @@ def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int
     command = recording.tracker.close()
     for problem in recording.tracker.problems:
         print(problem, file=sys.stderr)
-    print_result(folder)
+    print_result([one.folder for one in members])
     if command:
         print(f"W&B records are offline; upload them by: {command}")
     if not _all_done(members):
@@ -341,6 +366,9 @@ def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int
     ]
     for line in failed:
         print(f"failed: {line} (traceback in its folder's error.txt)", file=sys.stderr)
+    if failed:
+        again = f"sparsetune resume {folder.name}{storage_words(folder.parent)} --retry-failed"
+        print(f"Try them again, from their checkpoints, by: {again}", file=sys.stderr)
     return 1 if failed else 0
 
 

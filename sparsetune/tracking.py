@@ -110,7 +110,7 @@ class Tracker:
         self.settings, self.sweep_id, self.sweep, self.folder = settings, sweep_id, sweep, folder
         self.mode = resolve_mode(settings)
         self.problems: list[str] = []
-        self._recorded: dict[str, str] = {}
+        self._recorded: dict[str, tuple[str, int]] = {}  # run -> status, retries before it
         self._recorded_file = folder / "wandb-recorded.jsonl"
         self._left_out: set[str] = set()  # the driver's: runs that lack an epoch, so any later one
         self._open: dict[str, _Open] = {}  # the thread's
@@ -127,7 +127,7 @@ class Tracker:
             for line in self._recorded_file.read_text().splitlines():
                 if line.endswith("}"):  # a kill may have torn the last one
                     done = json.loads(line)
-                    self._recorded[done["id"]] = done["status"]
+                    self._recorded[done["id"]] = done["status"], done.get("retries", 0)
         except (OSError, ValueError, KeyError) as error:  # costs a replay, not more
             self._problem(f"{self._recorded_file.name} cannot be used", error)
         self._thread.start()
@@ -137,9 +137,11 @@ class Tracker:
         """Is so much waiting that the rest had better stay where it comes from for now?"""
         return self._queue.qsize() >= QUEUED // 10
 
-    def recorded(self, member: str, number: int) -> str:
-        """The status with which the trial's record is complete in W&B; "" while it is not."""
-        return self._recorded.get(run_id(self.sweep_id, member, number), "")
+    def recorded(self, member: str, number: int, retries: int = 0) -> str:
+        """The status with which the trial's record is complete in W&B after so many retries of
+        it; "" while it is not."""
+        status, after = self._recorded.get(run_id(self.sweep_id, member, number), ("", 0))
+        return status if after == retries else ""
 
     def start(
         self, member: str, number: int, *, name: str, group: str, job_type: str, config: Config
@@ -152,9 +154,11 @@ class Tracker:
     def log(self, member: str, number: int, epoch: int, metrics: dict[str, float]) -> None:
         self._put(self._log, member, number, epoch, dict(metrics))
 
-    def finish(self, member: str, number: int, status: str, best: dict[str, float]) -> None:
+    def finish(
+        self, member: str, number: int, status: str, best: dict[str, float], retries: int = 0
+    ) -> None:
         """`status` is finished, stopped, diverged or failed."""
-        self._put(self._finish, member, number, status, dict(best))
+        self._put(self._finish, member, number, status, dict(best), retries)
 
     def close(self, timeout: float = 120.0) -> str | None:
         """Waits for what is queued; runs still open end as interrupted. Returns the shell command
@@ -251,7 +255,7 @@ class Tracker:
             opened.run.log(row, step=epoch, commit=True)
             opened.last_epoch = epoch
 
-    def _finish(self, run: str, status: str, best: dict[str, float]) -> None:
+    def _finish(self, run: str, status: str, best: dict[str, float], retries: int = 0) -> None:
         opened = self._open.pop(run)
         summary = {"status": status} | {f"best/{key}": best[key] for key in best}
         opened.run.summary.update(opened.last | summary)  # a resumed client knows no earlier row
@@ -264,5 +268,6 @@ class Tracker:
             time.sleep(0.005)
         if status != "interrupted":  # noted last: a kill before it costs one replay
             with self._recorded_file.open("a") as file:
-                file.write("\n" + json.dumps({"id": run, "status": status}))
-            self._recorded[run] = status
+                noted = {"id": run, "status": status} | ({"retries": retries} if retries else {})
+                file.write("\n" + json.dumps(noted))
+            self._recorded[run] = status, retries

@@ -17,8 +17,8 @@ ORDER = [
     {"sweep"},
     {"cluster"},
     {"watch"},
-    {"progress"},
-    {"status"},
+    {"progress", "warm"},
+    {"status", "changes"},
     {"member"},
     {"alone", "trial", "tracking", "search.scheduler"},
     {"search.searcher"},
@@ -38,7 +38,7 @@ ORDER = [
     {"optim", "flops"},
     {"models", "data"},
     {"data_files"},
-    {"methods"},
+    {"methods", "sources"},
     {"files", "imports", "memory", "settings"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
