@@ -65,13 +65,15 @@ def sweep(words: tuple[str, ...], dry_run: bool) -> None:
 
 
 def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run: bool) -> None:
-    from sparsetune import member, sweep
+    from sparsetune import member, sweep, warm
     from sparsetune.cluster import check_address
 
     spaces = [word for word in words if "=" not in word and word[:1] not in "+~"]
     with ExitStack() as stack:
         with user_errors():
-            resolved = member.resolve(spaces, [w for w in words if w not in spaces], command)
+            resolved = warm.warmed(
+                member.resolve(spaces, [w for w in words if w not in spaces], command)
+            )
             if dry_run:
                 click.echo(_preview(resolved))
                 return

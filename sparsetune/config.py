@@ -77,6 +77,7 @@ class SweepSettings(TrialSettings):
     name: str = ""
     storage: str = field(default_factory=lambda: os.environ.get("SPARSETUNE_STORAGE", "./sweeps"))
     trials: int = 20  # of each member
+    warm_start: str = ""  # an earlier sweep, or a member of one, whose best settings go first
     objective: Any = "val/accuracy"  # a metric of the last epoch, or a list of them
     constraint: dict[str, float] = field(default_factory=dict)  # metric -> its upper bound
     concurrency: int = 0  # trials at once; 0: as many as there are slots

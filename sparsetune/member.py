@@ -221,6 +221,8 @@ def resolve(
     if command == "train":
         spaces = [_only_point(spaces, given, start, densities)]
         given = _train_defaults(spaces[0], given) | given
+        if "warm_start" in given:
+            raise ValueError("warm_start: train trains one setting; for a search use sweep")
     elif start is not None:
         raise ValueError("start: belongs to train; a sweep tries all start points first")
     if densities and any(key.startswith("search.density.") for key in given):
