@@ -367,7 +367,7 @@ def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int
     for line in failed:
         print(f"failed: {line} (traceback in its folder's error.txt)", file=sys.stderr)
     if failed:
-        again = f"sparsetune resume {folder.name}{storage_words(folder.parent)} --retry-failed"
+        again = f"{resume_command(folder)} --retry-failed"
         print(f"Try them again, from their checkpoints, by: {again}", file=sys.stderr)
     return 1 if failed else 0
 

@@ -62,6 +62,7 @@ __all__ = [
     "Trial",
     "exists",
     "holder",
+    "home",
     "load",
     "read",
     "replay",
