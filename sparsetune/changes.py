@@ -19,8 +19,8 @@ from sparsetune.settings import to_dict
 from sparsetune.space import Space
 
 PLACES = (
-    "concurrency", "device", "engine", "ray.address", "resources.engines", "resources.slots",
-    "resources.threads_per_engine", "wandb.mode",
+    "concurrency", "device", "engine", "failures", "ray.address", "resources.engines",
+    "resources.slots", "resources.threads_per_engine", "wandb.mode",
 )  # fmt: skip
 """Settings that no result depends on, so that a sweep may go on elsewhere."""
 ELSEWHERE = "or begin a sweep under another name; warm_start={} makes it try this one's best first"

@@ -66,7 +66,7 @@ def sweep(words: tuple[str, ...], dry_run: bool) -> None:
 
 def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run: bool) -> None:
     from sparsetune import member, sweep, warm
-    from sparsetune.cluster import check_address
+    from sparsetune.cluster import check_cluster
 
     spaces = [word for word in words if "=" not in word and word[:1] not in "+~"]
     with ExitStack() as stack:
@@ -78,7 +78,7 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
                 click.echo(_preview(resolved))
                 return
             if command == "sweep":
-                check_address(resolved.settings.ray.address)
+                check_cluster(resolved.settings.ray, resolved.storage)
                 click.echo(f"Early stopping: {resolved.scheduling.reason}.", err=True)
             sweep.create(resolved, command)
             members = stack.enter_context(sweep.opened(resolved.storage, resolved.name))
@@ -87,16 +87,17 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
 
 def _run(members: list[Any]) -> int:
     from sparsetune import sweep
-    from sparsetune.cluster import ClusterError
     from sparsetune.files import StorageAway
+    from sparsetune.fleet import ClusterError
     from sparsetune.search.lock import SweepHeld
 
     try:
         return sweep.run(members)
     except (ClusterError, SweepHeld, StorageAway) as error:
         click.echo(f"sparsetune: {error}", err=True)
-        if isinstance(error, StorageAway):
+        if not isinstance(error, SweepHeld):
             click.echo(f"Go on by: {sweep.resume_command(members[0].folder.parent)}", err=True)
+        if isinstance(error, StorageAway):
             return 130
         return 2 if isinstance(error, ClusterError) else 1
 
@@ -160,8 +161,9 @@ def resume(words: tuple[str, ...], allow_wider: bool, retry_failed: bool) -> Non
     \b
     sparsetune resume NAME [trials=N] [storage=FOLDER] [--retry-failed]
     sparsetune resume NAME [SPACE ...] [key=value ...] [--allow-wider]
-    Where trials run may change: concurrency device engine ray.address resources.* wandb.mode.
-    What else is given must be what the sweep has; ranges may become wider, with --allow-wider.
+    Where trials run may change: concurrency device engine failures ray.address resources.*
+    wandb.mode. What else is given must be what the sweep has; ranges may become wider, with
+    --allow-wider.
     """
     from sparsetune import changes, status, sweep
 

@@ -1,27 +1,29 @@
 """The Ray that a sweep runs on: reaching it, its engines, one Tuner over all trials.
 
 The rule to know: the Tuner is new each time and its snapshots are scratch. Trials are light
-processes that need no CPU; the engines, one for each device, hold the places where trials train.
+processes that need no CPU; the engines (`fleet.py`) hold the places where trials train.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsetune.config import SweepSettings
+from sparsetune.config import RaySettings, SweepSettings
+from sparsetune.fleet import ClusterError, Fleet
 from sparsetune.member import Scheduling
 from sparsetune.search.study import SearchMember
-from sparsetune.trial import EngineActor, sweep_trial, trial_key
+from sparsetune.trial import sweep_trial
 from sparsetune.watch import Watch
 
-FEW = 4  # places of an engine that are filled whatever the search would rather know first
 PROCESSES = 40  # of trials and engines that one machine may well have
+TRIAL_BYTES = 120_000_000  # of memory that a trial's process needs
 ANSWER_SECONDS = 5.0  # how long a cluster's head may take to answer
 QUIET = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the journal is the truth; a snapshot costs 13 ms
@@ -31,129 +33,115 @@ QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # our py_modules are added to what a job was given
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # the searcher knows how many there may be
 }
 
 
-class ClusterError(ValueError):
-    """A cluster that cannot be used; says what to do."""
-
-
-def check_address(address: str) -> None:
-    """ClusterError where nobody answers there; Ray itself would try for minutes."""
+def check_cluster(settings: RaySettings, storage: Path) -> None:
+    """ClusterError where the cluster that is asked for does not answer, or would lose the sweep."""
+    key, address = "ray.address" if settings.address else "RAY_ADDRESS", settings.cluster
     if not address:
         return
-    place = address.removeprefix("ray://")
+    if "working_dir_files" in storage.resolve().parts:
+        raise ClusterError(
+            f"storage: {storage} is in Ray's copy of the job's folder, which ends with the job; "
+            "give storage=FOLDER that all nodes share"
+        )
+    place = address
     if address == "auto":
-        known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-        place = os.environ.get("RAY_ADDRESS") or (known.read_text() if known.exists() else "")
+        place = os.environ.get("RAY_ADDRESS") or _running_here()
         if not place:
             raise ClusterError(
-                "ray.address: auto finds no cluster on this machine; start one by `ray start "
-                "--head`, give ray.address=HOST:PORT, or leave it out to use this machine alone"
+                f"{key}: auto finds no cluster on this machine; start one by `ray start --head`, "
+                "give ray.address=HOST:PORT, or leave it out to use this machine alone"
             )
     host, _, port = place.strip().rpartition(":")
     try:
+        # Ray itself would try for minutes.
         socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
     except (OSError, ValueError) as error:
         raise ClusterError(
-            f"ray.address: no cluster answers at '{place}' ({error}); write HOST:PORT of a head "
+            f"{key}: no cluster answers at '{place}' ({error}); write HOST:PORT of a head "
             "that runs, or leave it out to use this machine alone"
         ) from error
 
 
-@dataclass
-class Fleet:
-    """The engines of a sweep: the names of their actors, and places for trials in each."""
-
-    actors: dict[str, Any]
-    slots: int
-
-    def detach(self, engine: str, member: str, number: int) -> None:
-        """Frees a trial's place, should its process have died without doing so."""
-        self.actors[engine].detach.remote(trial_key(member, number))
-
-
-def start_engines(settings: SweepSettings, default_slots: int, trials: int) -> Fleet:
-    """Engines on the GPUs of the cluster, or on its CPU cores where it has none.
-
-    As many engines and slots as there is room for. But unless `concurrency` says so, not more than
-    a quarter of the `trials` at a time (and FEW for each engine): the others are what the first
-    ones teach, and each place is a process that takes two seconds to start. ClusterError where a
-    node cannot hold an engine.
-    """
-    import ray
-
-    resources = settings.resources
-    threads = max(1, resources.threads_per_engine)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = 0 if settings.device == "cpu" else int(sum(has.get("GPU", 0) for has in nodes))
-    room = gpus or sum(int(has.get("CPU", 0)) // threads for has in nodes)
-    at_once = settings.concurrency or min(trials, max(-(-trials // 4), FEW * room))
-    wanted = max(1, min(room, at_once))
-    num = resources.engines or wanted
-    if not 0 < num <= room:
-        raise ClusterError(
-            f"resources: {max(num, 1)} engines of {threads} threads need more than this cluster "
-            f"has ({len(nodes)} nodes, {gpus} GPUs, room for {room}); give resources.engines=N, "
-            "resources.threads_per_engine=N"
-        )
-    slots = max(1, min(resources.slots or default_slots, -(-at_once // num)))
-    actor = ray.remote(EngineActor)
-    actors = {}
-    for number in range(num):
-        options = {"name": f"engine-{number}", "num_cpus": threads, "max_restarts": -1}
-        options |= {"num_gpus": 1} if gpus else {}
-        actors[f"engine-{number}"] = actor.options(**options).remote(
-            settings.device,
-            settings.engine,
-            slots,
-            threads,
-            0.8 if gpus else 0.8 * len(nodes) / num,
-            str(Path.cwd()),
-        )
-    return Fleet(actors, slots)
+def _running_here() -> str:
+    """The cluster that a node on this machine belongs to, as Ray itself looks for it."""
+    known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    if known.exists():
+        return known.read_text()
+    for each in Path("/proc").glob("[0-9]*/cmdline"):  # of a node with a --temp-dir of its own
+        with contextlib.suppress(OSError):
+            program, _, words = each.read_bytes().decode(errors="replace").partition("\0")
+            if program.endswith("/raylet"):
+                return words.partition("--gcs-address=")[2].partition("\0")[0]
+    return ""
 
 
 def tune_all(
     members: list[SearchMember],
     settings: SweepSettings,
     scheduling: Scheduling,
-    default_slots: int,
+    default_slots: Callable[[bool | None], int],
+    needs: dict[str, Any],
+    runtime_env: dict[str, Any],
     watch: Watch,
 ) -> None:
-    """All open and new trials of all members in one Tuner."""
+    """All open and new trials of all members in one Tuner.
+
+    `default_slots` and `needs` (of a cluster's nodes) are the fleet's; `runtime_env` is what Ray
+    brings to the nodes.
+    """
     os.environ.update(QUIET)
     # Ray prints a warning at four times as many processes as it starts at once.
     at_once = max(os.cpu_count() or 1, PROCESSES // 4)
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(at_once))
+    # What failed is tried again, or told at the end; Tune would print its traceback each time.
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     import ray
     from ray import tune
 
     from sparsetune.search.scheduler import Asha, JournalScheduler
     from sparsetune.search.searcher import JournalSearcher, Reraise
 
-    address = settings.ray.address or "local"  # plain init joins a dead cluster's stale address
+    address = settings.ray.cluster or "local"  # plain init joins a dead cluster's stale address
+    # Tune refuses a trial that asks for nothing, and the engines have all the cores. All trials'
+    # processes are on one node as far as it has what they ask for.
+    memory = 1 if address == "local" else TRIAL_BYTES
     open_trials = sum(
         member.record.asked - sum(t.status != "running" for t in member.record.trials.values())
         for member in members
     )
     with watch.signals(), tempfile.TemporaryDirectory() as scratch:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=False if address == "local" else None,
-        )
         try:
-            fleet = start_engines(settings, default_slots, open_trials)
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=False if address == "local" else None,
+                runtime_env=runtime_env or None,
+            )
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            if address == "local":
+                raise
+            raise ClusterError(
+                f"ray.address: the cluster at '{address}' answers, but cannot be used from here "
+                f"({' '.join(str(error).split())[:500]}); start sweeps on one of its nodes, or by "
+                "`ray job submit`"
+            ) from error
+        try:
+            fleet = Fleet(settings, open_trials, default_slots, needs, watch.progress.note)
+            fleet.begin()
             searcher = JournalSearcher(
                 members,
                 settings.seed,
-                dict.fromkeys(fleet.actors, fleet.slots),
+                fleet.places,
                 settings.concurrency,
                 fleet.detach,
+                fleet.follow,
             )
-            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(searcher.concurrency)
             asha = (
                 Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None
             )
@@ -162,8 +150,7 @@ def tune_all(
             if watch.leaving_since is not None:  # the signal came while Ray started
                 return
             tuner = tune.Tuner(
-                # Tune refuses a trial that asks for nothing, and the engines have all the cores.
-                tune.with_resources(sweep_trial, tune.PlacementGroupFactory([{"memory": 1}])),
+                tune.with_resources(sweep_trial, tune.PlacementGroupFactory([{"memory": memory}])),
                 tune_config=tune.TuneConfig(
                     search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True
                 ),

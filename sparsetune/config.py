@@ -57,7 +57,11 @@ class SamplerSettings:
 
 @dataclass
 class RaySettings:
-    address: str = ""  # empty: a Ray of our own on this machine
+    address: str = ""  # empty: $RAY_ADDRESS (a job has it), or a Ray of our own on this machine
+
+    @property
+    def cluster(self) -> str:
+        return self.address or os.environ.get("RAY_ADDRESS", "")
 
 
 @dataclass
@@ -81,6 +85,7 @@ class SweepSettings(TrialSettings):
     objective: Any = "val/accuracy"  # a metric of the last epoch, or a list of them
     constraint: dict[str, float] = field(default_factory=dict)  # metric -> its upper bound
     concurrency: int = 0  # trials at once; 0: as many as there are slots
+    failures: int = 3  # of a trial's own, under one driver, after which it has failed
     device: str = "auto"
     engine: str = "auto"  # auto | solo | stacked | csr
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -124,7 +129,7 @@ def _whole(value: Any) -> bool:
 # What a value must be, in words and as a test. Written so that NaN fails each of them.
 LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
-        ("epochs", "train.batch_size", "trials", "checkpoint.every"),
+        ("epochs", "train.batch_size", "trials", "checkpoint.every", "failures"),
         ("1 or more", lambda value: value >= 1),
     ),
     **dict.fromkeys(

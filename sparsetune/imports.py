@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,13 @@ def search_here() -> None:
     """A console script, unlike `python -m`, does not search the working directory by itself."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+
+
+def work_in(folder: str) -> None:
+    """Makes relative paths and users' modules mean what they mean in `folder`, if it is there."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    sys.path.append(folder)
 
 
 @contextmanager

@@ -493,7 +493,7 @@ def check_members(members: list[Member]) -> None:
                 trial = member.trial_settings(params, fixed)
                 _check_trial(trial, dataset)
                 if settings.engine not in ("auto", "solo"):
-                    engine_choice(member, dataset, trial)
+                    engine_choice(member, dataset, settings=trial)
             _check_constraint(member, dataset)
         except ValueError as error:
             raise ValueError(f"{error} [{member.name}]") from error
@@ -524,21 +524,28 @@ def _check_constraint(member: Member, dataset: data.Dataset) -> None:
 
 
 def engine_choice(
-    member: Member, dataset: data.Dataset, settings: TrialSettings | None = None
+    member: Member,
+    dataset: data.Dataset,
+    on_gpu: bool | None = None,
+    settings: TrialSettings | None = None,
 ) -> Choice:
-    """What `engine` comes to on this machine, for these settings or those all trials share.
+    """What `engine` comes to, for these settings or those all trials share; on a GPU or not.
 
-    ValueError where the engine that was asked for cannot train them.
+    None: as on this machine. ValueError where the engine that was asked for cannot train them.
     """
-    device = choose_device("auto" if member.settings.ray.address else member.settings.device)
-    setup = prepare(settings or member.trial_settings({}, {}), device, dataset)
-    return choose(member.settings.engine, setup)
+    if on_gpu is None:
+        asked = "auto" if member.settings.ray.cluster else member.settings.device
+        on_gpu = choose_device(asked).type == "cuda"
+    setup = prepare(settings or member.trial_settings({}, {}), torch.device("cpu"), dataset)
+    # This process needs no GPU to know what one would do, and a cluster's head may have none.
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return choose(member.settings.engine, setup._replace(device=device))
 
 
 def check_machine(settings: SweepSettings) -> None:
     """ValueError where engines need more than this machine has: they would wait for ever."""
     check_device(settings.device)
-    if settings.ray.address:
+    if settings.ray.cluster:
         return  # the cluster's nodes are another matter
     choose_device(settings.device)
     cores, resources = os.cpu_count() or 1, settings.resources

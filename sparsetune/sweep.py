@@ -7,6 +7,7 @@ scratch and are thrown away.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -21,15 +22,16 @@ from typing import Any
 
 from sparsetune import changes, config
 from sparsetune.alone import epochs
-from sparsetune.cluster import check_address, tune_all
+from sparsetune.cluster import check_cluster, tune_all
 from sparsetune.data import Dataset
 from sparsetune.data import load as load_data
-from sparsetune.engine.pool import Choice
 from sparsetune.files import S3Path, StorageAway, place
 from sparsetune.member import Member, Scheduling, Sweep, check_machine, engine_choice
+from sparsetune.nodes import needs, users_modules
 from sparsetune.progress import Progress
 from sparsetune.search.journal import Journal, SweepLock, Trial, exists
 from sparsetune.search.study import MemberSearch, SearchMember
+from sparsetune.settings import to_dict
 from sparsetune.space import Space
 from sparsetune.status import inside, is_done, member_folders, print_result
 from sparsetune.tracking import Tracker
@@ -193,6 +195,7 @@ def search_member(one: OpenMember, scheduling: Scheduling) -> SearchMember:
             "decisions": scheduling.decisions(settings.epochs),
             "save_every": settings.checkpoint.every,
             "generation": one.journal.record.generation,
+            "failures": settings.failures,
         }
         return one.member.configure(params, fixed, number) | {"trial": about}
 
@@ -297,21 +300,30 @@ def run(members: list[OpenMember]) -> int:
     ClusterError where the Ray that was asked for cannot be used.
     """
     folder = members[0].folder.parent
-    if not _all_done(members):
-        check_address(members[0].member.settings.ray.address)
+    command = members[0].journal.record.header["command"]
+    if command == "sweep" and not _all_done(members):
+        check_cluster(members[0].member.settings.ray, folder)
     note_driver(members)
     recording = Recording(members, folder.name, wandb_folder(members[0]))
     with Progress({one.member.name: (one.member, one.journal.record) for one in members}) as bar:
         watch = Watch(recording.send, bar)
         for one in members:
             one.journal.trouble = watch.trouble
-        if members[0].journal.record.header["command"] == "train":
+        if command == "train":
             train_alone(members[0], watch)
         elif not _all_done(members):
             sweep = Sweep("", Path(), [one.member for one in members])
             searches = [search_member(one, sweep.scheduling) for one in members]
-            slots = max(engine.slots for engine in _engines(members))
-            tune_all(searches, sweep.settings, sweep.scheduling, slots, watch)
+            with _needs(members) as (needed, sent):
+                tune_all(
+                    searches,
+                    sweep.settings,
+                    sweep.scheduling,
+                    lambda on_gpu: _slots(members, on_gpu),
+                    needed,
+                    sent,
+                    watch,
+                )
     recording.send(last=True)
     return _close(folder, members, recording)
 
@@ -329,19 +341,42 @@ def wandb_folder(one: OpenMember) -> Path:
     return folder
 
 
-def _engines(members: list[OpenMember]) -> list[Choice]:
-    """Of each member, and a line for each that differs."""
+def _slots(members: list[OpenMember], on_gpu: bool | None) -> int:
+    """What an engine does well with; prints which engine each member has."""
     datasets: dict[str, Dataset] = {}  # most sweeps have one, and reading it takes a while
     choices = []
     for one in members:
         settings = one.member.settings.data
         if repr(settings) not in datasets:
             datasets[repr(settings)] = load_data(settings)
-        choices.append(engine_choice(one.member, datasets[repr(settings)]))
+        choices.append(engine_choice(one.member, datasets[repr(settings)], on_gpu))
     for choice in dict.fromkeys(choices):
         names = [o.member.name for o, c in zip(members, choices, strict=True) if c == choice]
         print(f"Engine for {', '.join(names)}: {choice.name} ({choice.reason}).", file=sys.stderr)
-    return choices
+    return max(choice.slots for choice in choices)
+
+
+@contextmanager
+def _needs(members: list[OpenMember]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What a cluster's nodes must have, and what Ray sends them; of this machine nothing."""
+    settings = [one.member.settings for one in members]
+    if not settings[0].ray.cluster:
+        yield {}, {}
+        return
+    paths = {path for each in settings for path in (each.data.name, each.model.name) if ":" in path}
+    sent: dict[str, Any] = {"py_modules": users_modules(sorted(paths))} if paths else {}
+    token = members[0].folder.parent / ".seen"
+    if isinstance(token, S3Path):
+        sent["env_vars"] = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+    token.write_text(uuid.uuid4().hex)
+    models = [to_dict(each.model) for each in settings]
+    data = [to_dict(each.data) for each in settings]
+    prints = [one.journal.record.header["data"] for one in members]
+    try:
+        yield needs(token, models, list(zip(data, prints, strict=True))), sent
+    finally:
+        with contextlib.suppress(OSError):
+            token.unlink()
 
 
 def _all_done(members: list[OpenMember]) -> bool:

@@ -17,22 +17,34 @@ from typing import Any
 
 from sparsetune.files import insist, place, write_whole
 
-ATTEMPTS = 3  # of one trial under one driver; then it has failed
+NODE_SECONDS = 15.0  # how long Ray may take to see that a node is gone whose processes are
 ENGINE_SECONDS = 120.0  # how long an engine that was lost may take to come back
 
 
-def _attempt(folder: Path, generation: int) -> int:
-    """Counts this attempt at the trial, among those under the present driver, from 1.
+class Moved(Exception):
+    """The trial's engine has gone with its node: the searcher gives the trial to another one."""
 
-    Attempts that ended with an earlier driver say nothing about the trial.
+
+def _attempts(folder: Path, generation: int) -> list[str]:
+    """The nodes of the earlier attempts at the trial under the present driver, if they live still.
+
+    Attempts that ended with an earlier driver, or with their node, say nothing about the trial.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "attempts.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    count = 1 + (known.get("count", 0) if known.get("generation") == generation else 0)
-    with write_whole(path) as file:
-        file.write(json.dumps({"generation": generation, "count": count}).encode())
-    return count
+    nodes: list[str] = known.get("nodes", []) if known.get("generation") == generation else []
+    if not nodes:
+        return []
+    import ray
+
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return [node for node in nodes if node in alive]
+
+
+def _note_attempts(folder: Path, generation: int, nodes: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_whole(folder / "attempts.json") as file:
+        file.write(json.dumps({"generation": generation, "nodes": nodes}).encode())
 
 
 class EngineActor:
@@ -61,23 +73,36 @@ def sweep_trial(config: dict[str, Any]) -> None:
     """The trainable of our own sweeps.
 
     `config` is a trial's settings plus `trial`: member, number, engine (the actor's name), folder,
-    save_every, decisions (epochs after which it may be stopped), generation of the driver. A trial
-    that failed ATTEMPTS times under one driver says so and returns; before that Ray tries it again.
+    save_every, decisions (epochs after which it may be stopped), generation of the driver,
+    failures. A trial that failed so many times under one driver says so and returns; before that
+    Ray tries it again.
     """
+    import ray
     from ray import tune
 
     about = config["trial"]
-    folder = place(about["folder"])
-    attempt = insist(lambda: _attempt(folder, about["generation"]))
+    folder, failures = place(about["folder"]), about["failures"]
+    node = ray.get_runtime_context().get_node_id()
+    earlier = insist(lambda: _attempts(folder, about["generation"]))
+    if len(earlier) >= failures and set(earlier) != {node}:
+        time.sleep(NODE_SECONDS)
+        earlier = insist(lambda: _attempts(folder, about["generation"]))
+    attempt = len(earlier) + 1
+    insist(lambda: _note_attempts(folder, about["generation"], [*earlier, node]))
     try:
-        if attempt > ATTEMPTS:
-            raise RuntimeError(f"its process died {ATTEMPTS} times")
+        if attempt > failures:
+            raise RuntimeError(f"its process died {failures} times")
         with closing(_records(config, about, suspect=attempt > 1)) as records:
             for record in records:
                 tune.report({**record, "attempt": attempt})
+    except Moved:
+        # The engine died of its node, not of the trial.
+        insist(lambda: (folder / "alone").unlink(missing_ok=True))
+        insist(lambda: _note_attempts(folder, about["generation"], earlier))
+        tune.report({"moved": True})
     except Exception as error:
         reason = write_error(folder, error)
-        if attempt < ATTEMPTS:
+        if attempt < failures:
             raise
         tune.report({"failed": reason, "attempt": attempt})
 
@@ -108,12 +133,16 @@ def _records(
         while epoch < settings["epochs"]:
             try:
                 if engine is None:
-                    engine = ray.get_actor(about["engine"])
+                    engine = _engine(about["engine"])
                     suspect = suspect or deaths > 1
                     given = [about[name] for name in ("folder", "save_every", "decisions")]
                     token = ray.get(engine.attach.remote(key, settings, *given, suspect))
                 records = ray.get(engine.after.remote(key, token, epoch))
-            except (ray.exceptions.RayActorError, KeyError):
+            except (
+                ray.exceptions.RayActorError,
+                ray.exceptions.ActorUnschedulableError,
+                KeyError,
+            ):
                 # It was killed and starts again, without knowing anybody.
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > ENGINE_SECONDS:
@@ -133,6 +162,15 @@ def _records(
     finally:
         if token:
             engine.detach.remote(key, token)
+
+
+def _engine(name: str) -> Any:
+    import ray
+
+    try:
+        return ray.get_actor(name)
+    except ValueError:  # one that was killed is still known by its name, one whose node died is not
+        raise Moved from None
 
 
 def trial_key(member: str, number: int) -> str:

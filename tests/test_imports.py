@@ -16,6 +16,8 @@ ORDER = [
     {"cli"},
     {"sweep"},
     {"cluster"},
+    {"fleet"},
+    {"nodes"},
     {"watch"},
     {"progress", "warm"},
     {"status", "changes"},
@@ -44,7 +46,7 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}
 ALLOWED = {  # who may import what the trainer's machine may lack
-    "ray": {"cluster", "trial", "alone", "search.searcher", "search.scheduler"},
+    "ray": {"cluster", "fleet", "trial", "alone", "search.searcher", "search.scheduler"},
     "optuna": {"cli", "member", "space", "search.study"},
     "wandb": {"tracking"},
     "omegaconf": {"config", "space"},

@@ -372,6 +372,32 @@ def test_trials_go_where_most_places_are_free_and_places_are_released(tmp_path: 
     assert released == [("b", "toy/set", 1)]
 
 
+def test_a_trial_whose_engine_is_gone_moves_to_another(tmp_path: Path) -> None:
+    engines = {"a": 1, "b": 1}
+    folder, followed = tmp_path / "toy" / "set", []
+    searcher = JournalSearcher(
+        [member_at(folder, trials=2)], seed=5, engines=engines, follow=lambda: followed.append(1)
+    )
+    scheduler = JournalScheduler(searcher, EPOCHS, None)
+    trials = [SimpleNamespace(config=searcher.suggest(key), trial_id=key) for key in ("0", "1")]
+    assert searcher.suggest("2") is None  # not FINISHED: one of them may have to move
+    scheduler.on_trial_result(None, trials[0], measure(trials[0].config, 1))
+    del engines["a"]
+    assert scheduler.on_trial_result(None, trials[0], {"moved": True}) == "STOP"
+    searcher.on_trial_complete("0", {"moved": True})
+    assert load(folder).trials[0].status == "running"
+    assert searcher.suggest("3") is None  # b has no second place
+    engines["c"] = 1
+    again = searcher.suggest("4")["trial"]
+    assert (again["number"], again["engine"]) == (0, "c")
+    assert len(followed) == 5
+    for key, trial in (("4", trials[0]), ("1", trials[1])):
+        for epoch in range(1, EPOCHS + 1):
+            scheduler.on_trial_result(None, trial, measure(trial.config, epoch))
+        searcher.on_trial_complete(key, {})
+    assert searcher.suggest("5") == Searcher.FINISHED
+
+
 def test_asha_is_rebuilt_and_a_contradiction_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

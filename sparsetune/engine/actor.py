@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import threading
 import time
 import traceback
@@ -34,6 +33,7 @@ from sparsetune.checkpoint import Snapshot
 from sparsetune.data import Dataset
 from sparsetune.engine.pool import Pool, choose, prepare, structure
 from sparsetune.files import StorageAway, insist, why
+from sparsetune.imports import work_in
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import TrialSettings, from_dict
 from sparsetune.trainer import Metrics
@@ -116,8 +116,8 @@ class Engine:
         self, device: str, engine: str, slots: int, threads: int, share: float, path: str
     ) -> None:
         """`share` of the device's free memory is this engine's; `path` is the folder where users'
-        modules are found."""
-        sys.path.append(path)
+        modules and relative paths are looked for."""
+        work_in(path)
         torch.set_num_threads(threads)
         keep_freed_memory()
         self._device, self._engine, self._slots, self._share = device, engine, slots, share

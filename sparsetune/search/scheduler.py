@@ -86,6 +86,8 @@ class JournalScheduler(FIFOScheduler):
         attempt = int(result.get("attempt", 1))
         if trial.status != "running":
             return STOP
+        if result.get("moved"):
+            return STOP  # and remains open
         if result.get("failed"):
             search.end(number, "failed", attempt, str(result["failed"]))
             return STOP

@@ -35,23 +35,29 @@ class JournalSearcher(Searcher):
         engines: dict[str, int],
         concurrency: int = 0,
         release: Callable[[str, str, int], None] = lambda engine, member, number: None,
+        follow: Callable[[], None] = lambda: None,
     ) -> None:
-        """`engines`: names and places. `concurrency` is how many trials, of all members together,
-        may be under way (0: as many as there are places). `release` (engine, member, number) is
-        called when Ray is done with an attempt at a trial."""
+        """`engines`: names and places, which may change. `concurrency` is how many trials, of all
+        members together, may be under way (0: as many as there are places). `release` (engine,
+        member, number) is called when Ray is done with an attempt at a trial, `follow` whenever
+        Ray asks for a trial, also while it calls nothing else: to change the engines."""
         super().__init__()
         self.searches = {member.name: MemberSearch(member, seed) for member in members}
         self.error: BaseException | None = None
-        places = sum(engines.values())
-        self.concurrency = min(concurrency or places, places)
+        self._concurrency = concurrency
         self._engines = engines
-        self._release = release
+        self._release, self._follow = release, follow
         self._draining = False
         self._open: list[tuple[str, int]] | None = None
         # Ray's id of an attempt -> our trial, and the engine that it is in
         self._live: dict[str, tuple[str, int, str]] = {}
         self._failures: dict[str, str] = {}  # Ray's id -> the last error
         self._lost: Counter[tuple[str, int]] = Counter()  # our trial -> how often Ray gave it up
+
+    @property
+    def concurrency(self) -> int:
+        places = sum(self._engines.values())
+        return min(self._concurrency or places, places)
 
     @property
     def draining(self) -> bool:
@@ -66,6 +72,7 @@ class JournalSearcher(Searcher):
         if self.error is not None or self._draining:
             return Searcher.FINISHED
         try:
+            self._follow()
             return self._suggest(trial_id)
         except Exception as error:  # noqa: BLE001  Reraise raises it
             self.error = error
@@ -75,11 +82,11 @@ class JournalSearcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         try:
-            self._complete(trial_id, error)
+            self._complete(trial_id, bool((result or {}).get("moved")), error)
         except Exception as bug:  # noqa: BLE001  Reraise raises it
             self.error = self.error or bug
 
-    def _complete(self, trial_id: str, error: bool) -> None:
+    def _complete(self, trial_id: str, moved: bool, error: bool) -> None:
         # The slot is free from here on, and not from the `end` event on: before Ray has the
         # trial's process back, the next trial would get a new one. Without an error, a trial that
         # is open in the journal stays so for the next driver. With one, Ray has given it up, as it
@@ -87,15 +94,16 @@ class JournalSearcher(Searcher):
         name, number, engine = self._live.pop(trial_id, ("", -1, ""))
         if name:
             self._release(engine, name, number)
-        if not error or not name or self.error is not None:
+        if not name or self.error is not None:
             return
         search = self.searches[name]
-        if search.record.trials[number].status == "running":
-            self._lost[name, number] += 1
-            if self._lost[name, number] < LOSSES:
-                assert self._open is not None
-                self._open.append((name, number))
-                return
+        if search.record.trials[number].status != "running":
+            return
+        self._lost[name, number] += error
+        if moved or (error and self._lost[name, number] < LOSSES):
+            assert self._open is not None
+            self._open.append((name, number))
+        elif error:
             search.end(number, "failed", error=self._failures.get(trial_id))
 
     def failure(self, trial_id: str, text: str) -> None:
@@ -113,7 +121,8 @@ class JournalSearcher(Searcher):
             self._open.sort(key=lambda entry: entry[1], reverse=True)
         wanting = [s for s in self.searches.values() if len(s.record.trials) < s.record.asked]
         if not self._open and not wanting:
-            return None if self._live else Searcher.FINISHED  # Ray may give up one of those
+            # Ray may give up one of those, or its engine be gone.
+            return None if self._live else Searcher.FINISHED
         if len(self._live) >= self.concurrency:
             return None
         if self._open:
