@@ -94,7 +94,8 @@ class Cluster:
         self._workers.append(self._nodes.add_node(num_cpus=1))
 
     def close(self) -> None:
-        self._nodes.shutdown()
+        for node in self._nodes.list_all_nodes():  # gently it would take half a minute each
+            self._nodes.remove_node(node, allow_graceful=False)
 
 
 class Chaos:
@@ -305,9 +306,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, help="in all")
     parser.add_argument("--sweeps", type=int, default=6, help="at least")
     parser.add_argument("--cluster", type=int, default=2, help="of them, on three nodes")
-    parser.add_argument("--trials", type=int, default=8, help="of each member")
+    parser.add_argument("--trials", type=int, default=12, help="of each member")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=10_000, help="training images")
+    parser.add_argument("--limit", type=int, default=0, help="training images; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="a JSON object per sweep")
     options = parser.parse_args()

@@ -162,8 +162,8 @@ def resume(words: tuple[str, ...], allow_wider: bool, retry_failed: bool) -> Non
     sparsetune resume NAME [trials=N] [storage=FOLDER] [--retry-failed]
     sparsetune resume NAME [SPACE ...] [key=value ...] [--allow-wider]
     Where trials run may change: concurrency device engine failures ray.address resources.*
-    wandb.mode. What else is given must be what the sweep has; ranges may become wider, with
-    --allow-wider.
+    wandb.mode.
+    What else is given must be what the sweep has; ranges may become wider, with --allow-wider.
     """
     from sparsetune import changes, status, sweep
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable
@@ -74,9 +75,10 @@ def _running_here() -> str:
         return known.read_text()
     for each in Path("/proc").glob("[0-9]*/cmdline"):  # of a node with a --temp-dir of its own
         with contextlib.suppress(OSError):
-            program, _, words = each.read_bytes().decode(errors="replace").partition("\0")
-            if program.endswith("/raylet"):
-                return words.partition("--gcs-address=")[2].partition("\0")[0]
+            command = each.read_bytes().decode(errors="replace")
+            found = re.match(r"[^\s\0]*/raylet\0.*?--gcs-address=([^\s\0]+)", command, re.DOTALL)
+            if found:
+                return found[1]
     return ""
 
 
