@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with the MNIST parquet files")
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--variants", nargs="+", default=["auto", "solo", "plain"])
     parser.add_argument("--words", nargs="*", default=[], help="further key=value for our sweeps")
     options = parser.parse_args()
@@ -106,7 +107,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, {platform.machine()}; Python {platform.python_version()}")
     print("seed  variant  seconds  trial-epochs  best     first s  slots used  epochs at once")
     times: dict[str, list[float]] = {name: [] for name in options.variants}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in options.variants:
             with tempfile.TemporaryDirectory() as folder:
                 got = (

@@ -80,11 +80,12 @@ class S3Path(PosixPath):
     def _client(self) -> Iterator[Any]:
         try:
             yield _s3(self.parts[1] if len(self.parts) > 1 else "")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(2, "no such object", str(self)) from error
         except StorageAway:
             raise
         except OSError as error:
+            # Deleted after it was opened and before it was read, it is no FileNotFoundError yet.
+            if isinstance(error, FileNotFoundError) or "NO_SUCH_KEY" in str(error):
+                raise FileNotFoundError(2, "no such object", str(self)) from error
             raise StorageAway(f"{self}: {why(error)}") from error
 
     def exists(self) -> bool:

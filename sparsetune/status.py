@@ -126,13 +126,14 @@ def member_folders(storage: Path, name: str) -> list[Path]:
         raise ValueError(f"name: there is no sweep '{name}' in {storage}; there are: {known}")
     headers = {path: journal.header(path) for path in found}
     orders = {path: header["order"] for path, header in headers.items()}
-    if isinstance(folder, S3Path) and 0 not in orders.values():  # there it is written last
+    whole_sweep = found != [folder]
+    if whole_sweep and isinstance(folder, S3Path) and 0 not in orders.values():  # is written last
         raise ValueError(
             f"name: creating '{name}' in {storage} was cut short, nothing was trained; delete it, "
             "or begin under another name"
         )
     members = next(iter(headers.values())).get("members", [])
-    for member in members if found != [folder] else ():
+    for member in members if whole_sweep else ():
         path = folder / member.partition("/")[2]
         if path not in headers:
             raise ValueError(

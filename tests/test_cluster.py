@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import pickle
 import subprocess
@@ -94,6 +94,9 @@ def nodes_differ_come_and_go(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not local_cluster.permitted(), reason="no namespaces here (unshare)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("aiohttp_cors") is None, reason="needs the extra dev: ray[default]"
+)
 def test_nodes_that_differ_come_and_go(tmp_path: Path) -> None:
     done = local_cluster.run(Path(__file__), "nodes_differ_come_and_go", str(tmp_path), timeout=300)
     output = done.stdout[-2000:] + done.stderr
