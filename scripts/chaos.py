@@ -8,8 +8,8 @@ node processes on this machine, where a killed node is replaced by a new one. Th
 are read: trials lost or doubled, gaps, W&B's runs, whether ASHA would decide the same again. And at
 each kill: how many epochs that were reported must be trained again, against `checkpoint.every`.
 
-Prints a table; the exit status is 1 where anything is wrong. Listens on loopback only, ends what it
-started by process id.
+Prints a table; the exit status is 1 where anything is wrong. With a cluster all of it runs in a
+process and network namespace, where there is nothing but loopback; what it started ends with it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
+import local_cluster  # noqa: E402
 from wandb_files import read_runs  # noqa: E402
 
 from sparsetune import checkpoint  # noqa: E402
@@ -313,6 +314,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a JSON object per sweep")
     options = parser.parse_args()
     options.data = str(Path(options.data).resolve())
+    if options.cluster and "SPARSETUNE_CHAOS" not in os.environ:
+        if not local_cluster.permitted():
+            parser.error("--cluster needs namespaces (unshare), which are not permitted here")
+        os.environ["SPARSETUNE_CHAOS"] = "inside"
+        local_cluster.enter(Path(__file__).resolve(), *sys.argv[1:])
     if not options.json:
         print(
             f"{'sweep':8} {'where':8} {'trials':>6} {'kills':38} {'repeated':>8} {'every':>5} "

@@ -1,7 +1,7 @@
 """A Ray cluster of several node processes on this machine, in a process and network namespace.
 
-Run it as `python tests/local_cluster.py SCRIPT.py ARGS`: SCRIPT runs in the namespaces, where it
-may `import local_cluster` and start nodes; whatever it started ends with it. The nodes have
+`run` runs a script in the namespaces, `enter` goes there; the script may `import local_cluster` and
+start nodes, and whatever it started ends with it. The nodes have
 addresses of their own on the loopback interface, and see the same files.
 """
 
@@ -45,8 +45,18 @@ def _unshare() -> list[str]:
 
 def run(script: Path, *words: str, timeout: float) -> subprocess.CompletedProcess[str]:
     """Runs the script in namespaces of its own; all that it started is gone afterwards."""
-    inside = [sys.executable, __file__, "--inside", str(script), *words]
-    return subprocess.run([*_unshare(), *inside], capture_output=True, text=True, timeout=timeout)
+    command = _inside(script, *words)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def enter(script: Path, *words: str) -> None:
+    """Becomes the script in namespaces of its own."""
+    command = _inside(script, *words)
+    os.execvp(command[0], command)
+
+
+def _inside(script: Path, *words: str) -> list[str]:
+    return [*_unshare(), sys.executable, __file__, "--inside", str(script), *words]
 
 
 def _processes() -> tuple[dict[int, int], dict[int, str]]:
