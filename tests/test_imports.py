@@ -41,7 +41,7 @@ ORDER = [
     {"models", "data"},
     {"data_files"},
     {"methods", "sources"},
-    {"files", "imports", "memory", "settings"},
+    {"comparison", "files", "imports", "memory", "settings"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}

@@ -14,6 +14,8 @@ number `seq`, the wall-clock `time` and a `type`:
     extend   trials, member                        the new total; what the header says of the member
                                                    from now on, where its ranges are wider
     retry    number                                a failed trial is open again, where it was
+    test     number, metrics                       what a finished trial does on the test images,
+                                                   which are read once, after the search
     driver   generation, pid, host, versions       a process that took the sweep over
 
 Where the lines lie, one file or segments on an object store, is `lines.py`'s matter.
@@ -94,6 +96,7 @@ class Trial:
     error: str | None = None
     ended: float | None = None
     failures: list[str | None] = field(default_factory=list)  # errors of ends that were retried
+    test: dict[str, float] | None = None
 
 
 @dataclass
@@ -288,6 +291,10 @@ def _check(member: Member, event: Event) -> None:
         trial = member.trials.get(event["number"])
         if trial is None or trial.status != "failed":
             raise JournalError(f"'retry' of trial {event['number']}, which has not failed")
+    elif kind == "test":
+        trial = member.trials.get(event["number"])
+        if trial is None or trial.status != "finished" or trial.test is not None:
+            raise JournalError(f"'test' of trial {event['number']}, which is not due for one")
     elif kind == "extend":
         if event["trials"] < member.asked:
             raise JournalError(f"extended from {member.asked} to {event['trials']} trials")
@@ -320,6 +327,8 @@ def _apply(member: Member, event: Event) -> None:
         trial = member.trials[event["number"]]
         trial.failures.append(trial.error)
         trial.status, trial.attempts, trial.error, trial.ended = "running", 1, None, None
+    elif kind == "test":
+        member.trials[event["number"]].test = event["metrics"]
     elif kind == "extend":
         member.asked = event["trials"]
         if "member" in event:

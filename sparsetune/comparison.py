@@ -1,0 +1,113 @@
+"""What `compare` finds out, as plain values: `compare.py` makes them, reports read them.
+
+The rule to know: accuracies are shares of the test images, densities shares of all weights, costs
+in FLOPs and device-seconds; only what is printed for readers is in percent or says sparsity. A
+value that is not known is None, and never a zero or a NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting, trained once per confirmation seed. Lists are in the order of `seeds`."""
+
+    trial: int  # its number in the search
+    config: dict[str, Any]  # dotted key -> value: what sets it apart in its member
+    seeds: list[int]
+    statuses: list[str]  # finished | diverged | failed | running, of each seed's run
+    test: list[float | None]  # accuracy; None where the run gave none
+    validation: list[float | None]  # accuracy while candidates were ranked; empty if they were not
+    density: float | None  # of all weights at the end of training, the mean over the seeds
+    density_sparse: float | None  # of the sparse layers' weights
+    layers: dict[str, float]  # of each layer with weights
+    parameters: float | None  # nonzero weights; biases and normalisation are not counted
+    flops_train: float | None  # of the whole training of one seed
+    flops_inference: float | None  # per image
+    device_seconds: float  # of all runs of this setting here, rankings included
+    # Metric -> one list of epochs per seed: test runs where they have it, else ranking runs.
+    # train/loss, val/accuracy (where images were held out), density/all, density/layer/<name>.
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the search of a member has spent and found."""
+
+    asked: int
+    trials: dict[str, int]  # finished, stopped, diverged, failed, running -> how many
+    epochs: int
+    device_seconds: float
+    best_of: list[float]  # expected best validation accuracy of 1, 2, 3, ... of its trials
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at a density: a member of a sweep, and where its search serves several densities,
+    one of those."""
+
+    name: str  # "mnist/set@0.05"; with a multiplier "mnist/set@0.05 2x"
+    space: str  # "set": how tables and pictures call it; "set 2x"
+    sweep: str
+    method: str
+    density: float | None  # that was asked for; None: the network as it is (dense)
+    state: Literal["confirmed", "infeasible", "unconfirmed", "unfinished"]
+    note: str  # one sentence where it is not confirmed
+    dense_gradient: Literal["never", "at_update", "always"]
+    begins: Literal["sparse", "dense"]
+    tuning: Tuning
+    chosen: Line | None
+    paper: Line | None  # the start point `paper`, untuned
+    mean: Interval | None = None  # of chosen.test
+    iqm: Interval | None = None
+    paper_mean: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two cells at one density; `difference` is a's accuracy minus b's, seed by seed."""
+
+    density: float  # the level that both stand at
+    a: str  # Cell.space
+    b: str
+    improvement: Interval  # the probability that a run of a is better than one of b
+    difference: Interval | None  # None where the seeds are not the same
+    p: float | None  # of the paired test, Holm-adjusted; None below 6 seeds
+    different: bool | None  # None below 6 seeds
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of a fair comparison, checked."""
+
+    number: int
+    title: str
+    state: Literal["holds", "broken", "does not apply"]
+    figure: str  # what was found, with its numbers
+    mend: str  # the command or change that mends it, where it is broken
+    forbids: bool  # no ranking where it is broken
+
+
+@dataclass(frozen=True)
+class Comparison:
+    names: list[str]  # as given
+    match: Literal["density", "flops"]
+    seeds: list[int]
+    cells: list[Cell]
+    levels: dict[str, list[str]]  # "0.05" -> Cell.name of those that stand there, by density/FLOPs
+    pairs: list[Pair]
+    rules: list[Rule]
+    ranking: dict[str, list[str]] | None  # "0.05" -> Cell.space, best first; None: forbidden
+    notes: list[str]  # sentences a reader must know, such as what was left out and why
+    about: dict[str, Any]  # versions, hardware, commands, epochs, network, data, spaces, samplers
