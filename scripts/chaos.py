@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 import local_cluster  # noqa: E402
+import processes  # noqa: E402
 from wandb_files import read_runs  # noqa: E402
 
 from sparsetune import checkpoint  # noqa: E402
@@ -41,7 +42,7 @@ from sparsetune.search.scheduler import Asha, Rungs  # noqa: E402
 from sparsetune.search.study import MemberSearch  # noqa: E402
 from sparsetune.trial import trial_folder  # noqa: E402
 
-TITLES = {"engine": "EngineActor", "trial": "ray::ImplicitFunc"}
+TITLES = {"engine": "ray::EngineActor", "trial": "ray::ImplicitFunc"}
 WAIT_SECONDS = (1.0, 12.0)  # between the first report after a start or a kill, and the next kill
 DEADLINE_SECONDS = 600.0  # for one sweep to end after its last kill
 
@@ -55,22 +56,6 @@ class Outcome:
     seconds: float = 0.0
     trials: int = 0
     wrong: list[str] = field(default_factory=list)
-
-
-def descendants(root: int) -> dict[int, str]:
-    """{pid: title} of the living processes below `root`."""
-    parents, titles = {}, {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            after_name = (entry / "stat").read_text().rpartition(")")[2].split()
-            if after_name[0] not in "ZX":
-                parents[int(entry.name)] = int(after_name[1])
-                titles[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-
-    def below(pid: int) -> bool:
-        return pid in parents and (parents[pid] == root or below(parents[pid]))
-
-    return {pid: titles[pid] for pid in parents if below(pid)}
 
 
 def kill(pid: int) -> None:
@@ -159,7 +144,7 @@ class Chaos:
         kinds = ["driver", "engine", "trial"] + (["node"] if self.cluster is not None else [])
         kind = self.rng.choice(kinds)
         if kind == "driver":
-            left = descendants(self.driver.pid)
+            left = processes.below(self.driver.pid)
             kill(self.driver.pid)
             self.driver.wait()
             time.sleep(2.0)  # Ray's processes follow; what does not is ended here
@@ -169,8 +154,7 @@ class Chaos:
             assert self.cluster is not None
             self.cluster.lose_a_node(self.rng)
         else:
-            found = descendants(os.getpid())
-            pids = [pid for pid, title in found.items() if TITLES[kind] in title]
+            pids = processes.below(os.getpid(), TITLES[kind])
             if not pids:
                 return True
             kill(self.rng.choice(pids))
@@ -262,7 +246,7 @@ class Chaos:
 
     def close(self) -> None:
         if self.driver is not None and self.running():
-            left = descendants(self.driver.pid)
+            left = processes.below(self.driver.pid)
             for pid in [self.driver.pid, *left]:
                 kill(pid)
             self.driver.wait()

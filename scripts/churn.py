@@ -33,9 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsetune.search import journal
-
 HERE = Path(__file__).resolve()
+sys.path.append(str(HERE.parents[1] / "tests"))
+
+import processes  # noqa: E402
+
+from sparsetune.search import journal  # noqa: E402
+
 SPACE = """\
 method: set
 fixed: {prune: signwise, new_value: zero, decay: none}
@@ -169,29 +173,12 @@ def count(folder: Path, trials: int, result: Result) -> None:
 def kill_one(driver: int, rng: random.Random) -> str:
     """Ends a random process of a trial, or of an engine; "" where there is none at present."""
     kind = "engine" if rng.random() < ENGINES else "trial"
-    found = [pid for pid, title in below(driver) if title.startswith(TITLES[kind])]
+    found = processes.below(driver, TITLES[kind])
     if not found:
         return ""
     with contextlib.suppress(ProcessLookupError):
         os.kill(rng.choice(found), signal.SIGKILL)
     return kind
-
-
-def below(root: int) -> list[tuple[int, str]]:
-    """Processes that descend from `root`, with their titles."""
-    parents, titles = {}, {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            stat = (entry / "stat").read_text().rpartition(")")[2].split()
-            parents[int(entry.name)] = int(stat[1])
-            titles[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-
-    def descends(pid: int) -> bool:
-        while pid in parents and pid != root:
-            pid = parents[pid]
-        return pid == root
-
-    return [(pid, titles[pid]) for pid in titles if pid != root and descends(pid)]
 
 
 def mark(driver: int, ended: int, seconds: float) -> Mark:
@@ -203,8 +190,8 @@ def mark(driver: int, ended: int, seconds: float) -> Mark:
 
     fields = Path(f"/proc/{driver}/stat").read_text().rpartition(")")[2].split()
     cpu = (int(fields[11]) + int(fields[12])) / TICK
-    engines = [pid for pid, title in below(driver) if title.startswith(TITLES["engine"])]
-    return Mark(ended, seconds, cpu, megabytes(driver), sum(map(megabytes, engines)))
+    engines = sum(map(megabytes, processes.below(driver, TITLES["engine"])))
+    return Mark(ended, seconds, cpu, megabytes(driver), engines)
 
 
 def environment() -> dict[str, str]:

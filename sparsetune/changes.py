@@ -8,7 +8,7 @@ refused line by line, as it was and as it would be.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparsetune import config, sources
@@ -40,8 +40,20 @@ def code(member: Member) -> dict[str, dict[str, str]]:
     }
 
 
-def check_unchanged(member: Member, header: Event) -> None:
-    """ValueError where the code or the data is not what the search began with."""
+def fingerprints(members: Iterable[Member]) -> list[str]:
+    """Of each member's images, which are read once where members share them."""
+    known: dict[str, str] = {}
+    keys = []
+    for settings in (member.settings.data for member in members):
+        keys.append(repr(settings))
+        if keys[-1] not in known:
+            known[keys[-1]] = load_data(settings).fingerprint
+    return [known[key] for key in keys]
+
+
+def check_unchanged(member: Member, header: Event, fingerprint: str) -> None:
+    """ValueError where the code or the data, now of this fingerprint, is not what the search began
+    with."""
     sweep = member.name.partition("/")[0]
     now, then = code(member), header.get("code", {})
     if "users" in then and (lines := sources.changes(then["users"], now["users"])):
@@ -55,7 +67,6 @@ def check_unchanged(member: Member, header: Event) -> None:
             f"code: sparsetune's own {member.method.name} has changed since '{member.name}' began "
             f"with version {version}:\n{lines}\ninstall that version, {ELSEWHERE.format(sweep)}"
         )
-    fingerprint = load_data(member.settings.data).fingerprint
     if header["data"] != fingerprint:
         raise ValueError(
             f"data: the images of {member.settings.data.name} have changed since '{member.name}' "

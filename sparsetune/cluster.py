@@ -143,6 +143,7 @@ def tune_all(
                 settings.concurrency,
                 fleet.detach,
                 fleet.follow,
+                settings.failures,
             )
             asha = (
                 Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None

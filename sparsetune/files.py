@@ -84,7 +84,8 @@ class S3Path(PosixPath):
             raise
         except OSError as error:
             # Deleted after it was opened and before it was read, it is no FileNotFoundError yet.
-            if isinstance(error, FileNotFoundError) or "NO_SUCH_KEY" in str(error):
+            absent = any(code in str(error) for code in ("NO_SUCH_KEY", "RESOURCE_NOT_FOUND"))
+            if absent or isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(2, "no such object", str(self)) from error
             raise StorageAway(f"{self}: {why(error)}") from error
 
@@ -112,8 +113,7 @@ class S3Path(PosixPath):
 
     def open(self, mode: str = "r", *_: Any, **__: Any) -> Any:  # type: ignore[override]
         """For reading alone; `write_whole` writes."""
-        if mode not in ("r", "rb"):
-            raise NotImplementedError(f"{self} cannot be opened for '{mode}'")
+        assert mode in ("r", "rb"), mode
         return io.BytesIO(self.read_bytes()) if "b" in mode else io.StringIO(self.read_text())
 
     def write_bytes(self, data: Any) -> int:
@@ -144,7 +144,7 @@ class S3Path(PosixPath):
         return self
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        raise NotImplementedError(f"{self} is no local file")
+        raise AssertionError(f"{self} is no local file")
 
 
 @contextmanager

@@ -72,11 +72,12 @@ def create(sweep: Sweep, command: str) -> Path:
         "versions": versions(),
     }
     headers = {}
-    for order, member in enumerate(sweep.members):
+    prints = changes.fingerprints(sweep.members)
+    for order, (member, fingerprint) in enumerate(zip(sweep.members, prints, strict=True)):
         headers[member_stem(member)] = common | {
             "order": order,
             "trials": member.settings.trials,
-            "data": load_data(member.settings.data).fingerprint,
+            "data": fingerprint,
             "code": changes.code(member),
             "member": member.to_header(),
         }
@@ -160,8 +161,9 @@ def _placed(writer: Journal, places: Mapping[str, Any]) -> OpenMember:
 def _extend(members: list[OpenMember], wanted: Extension) -> None:
     """Writes what is wanted into the journals, once nothing of it can be refused."""
     spaces: list[Space | None] = [None] * len(members)
-    for one in members:
-        changes.check_unchanged(one.member, one.journal.record.header)
+    prints = changes.fingerprints(one.member for one in members)
+    for one, fingerprint in zip(members, prints, strict=True):
+        changes.check_unchanged(one.member, one.journal.record.header, fingerprint)
         asked = one.journal.record.asked
         if wanted.trials is not None and wanted.trials < asked:
             raise ValueError(

@@ -84,8 +84,9 @@ def sweep_trial(config: dict[str, Any]) -> None:
     folder, failures = place(about["folder"]), about["failures"]
     node = ray.get_runtime_context().get_node_id()
     earlier = insist(lambda: _attempts(folder, about["generation"]))
-    if len(earlier) >= failures and set(earlier) != {node}:
-        time.sleep(NODE_SECONDS)
+    deadline = time.monotonic() + NODE_SECONDS
+    while set(earlier) - {node} and time.monotonic() < deadline:
+        time.sleep(0.5)  # a node that was lost must not count against the trial
         earlier = insist(lambda: _attempts(folder, about["generation"]))
     attempt = len(earlier) + 1
     insist(lambda: _note_attempts(folder, about["generation"], [*earlier, node]))

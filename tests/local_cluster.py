@@ -1,8 +1,8 @@
 """A Ray cluster of several node processes on this machine, in a process and network namespace.
 
 `run` runs a script in the namespaces, `enter` goes there; the script may `import local_cluster` and
-start nodes, and whatever it started ends with it. The nodes have
-addresses of their own on the loopback interface, and see the same files.
+start nodes, and whatever it started ends with it. The nodes have addresses of their own on the
+loopback interface, and see the same files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import processes
 
 PACKAGE = str(Path(__file__).parents[1])
 HEAD = "127.0.0.1"
@@ -57,17 +59,6 @@ def enter(script: Path, *words: str) -> None:
 
 def _inside(script: Path, *words: str) -> list[str]:
     return [*_unshare(), sys.executable, __file__, "--inside", str(script), *words]
-
-
-def _processes() -> tuple[dict[int, int], dict[int, str]]:
-    """{pid: its parent}, {pid: its command}."""
-    parents, titles = {}, {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            stat = (entry / "stat").read_text().rpartition(")")[2].split()
-            titles[int(entry.name)] = (entry / "cmdline").read_text()
-            parents[int(entry.name)] = int(stat[1])
-    return parents, titles
 
 
 def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
@@ -124,11 +115,7 @@ class LocalCluster:
         wait_for(lambda: all(b"Ray runtime started" in log.read_bytes() for log in logs))
 
     def kill_node(self, address: str) -> None:
-        parents, _ = _processes()
-        ended = {self.nodes[address].pid}
-        while more := {pid for pid in parents if parents[pid] in ended} - ended:
-            ended |= more
-        for pid in ended:
+        for pid in (node := self.nodes[address].pid, *processes.below(node)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.nodes[address].wait()
@@ -141,11 +128,11 @@ class LocalCluster:
 
     def processes(self, title: str = "ray::Engine") -> dict[str, int]:
         """How many processes of Ray with such a title there are on each node that has one."""
-        parents, titles = _processes()
+        known = processes.living()
         found: Counter[str] = Counter()
-        for pid in titles:
-            if titles[pid].startswith(title) and "raylet" in titles.get(parents[pid], ""):
-                raylet = titles[parents[pid]]
+        for process in known.values():
+            raylet = known[process.parent].title if process.parent in known else ""
+            if process.title.startswith(title) and "raylet" in raylet:
                 found[raylet.partition("--node_ip_address=")[2].partition("\0")[0]] += 1
         return dict(found)
 

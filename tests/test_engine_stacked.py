@@ -43,12 +43,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 WAYS: dict[str, Callable[[int], Backend]] = {
     "turns": lambda slots: Turns(compiles=False),
-    "lifted": lambda slots: Lifted(slots, compiles=False, alone=False),
-    "lifted, updates alone": lambda slots: Lifted(slots, compiles=False, alone=True),
+    "lifted": lambda slots: Lifted(slots, compiles=False),
 }
 COMPILED: dict[str, Callable[[int], Backend]] = {
     "turns": lambda slots: Turns(compiles=True),
-    "lifted": lambda slots: Lifted(slots, compiles=True, alone=False),
+    "lifted": lambda slots: Lifted(slots, compiles=True),
 }
 OPTIMIZERS = {
     "sgd": OptimizerSettings(momentum=0.9),

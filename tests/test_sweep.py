@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from wandb_files import read_runs
@@ -231,23 +231,6 @@ def test_interrupted_sweeps_are_resumed(tmp_path: Path) -> None:
     assert all(one.steps == list(range(1, 13)) for one in runs)
 
 
-def processes(root: int, title: str) -> list[int]:
-    """Those below process `root` whose title begins so."""
-    parents, found = {}, []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            parents[int(entry.name)] = int(
-                (entry / "stat").read_text().rpartition(")")[2].split()[1]
-            )
-            if (entry / "cmdline").read_text().startswith(title):
-                found.append(int(entry.name))
-
-    def below(pid: int) -> bool:
-        return pid == root or (pid in parents and below(parents[pid]))
-
-    return [pid for pid in found if below(pid)]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 def test_engines_and_trials_that_are_killed_cost_no_trial(tmp_path: Path) -> None:
@@ -255,7 +238,7 @@ def test_engines_and_trials_that_are_killed_cost_no_trial(tmp_path: Path) -> Non
     process = start(tmp_path, *words, "scheduler.name=none", "resources.slots=2")
     for number, title in enumerate(["ray::Engine", "ray::ImplicitFunc", "ray::Engine"]):
         wait_for_reports(tmp_path, process, reports(tmp_path) + 30 + number)
-        pids = processes(process.pid, title)
+        pids = processes.below(process.pid, title)
         assert pids, title
         os.kill(pids[-1], signal.SIGKILL)
     assert process.wait(300) == 0, (tmp_path / "out").read_text()

@@ -324,17 +324,20 @@ class Engine:
                 for place in places:
                     place.suspect = True
             return
-        latest = [results[place.key] for place in places]
-        snapshots = [
-            pool.snapshot(place.key) if place.saves(metrics) else None
-            for place, metrics in zip(places, latest, strict=True)
-        ]
-        # Side by side, since an object store takes its time for each.
-        saving = self._writers.map(self._save, places, latest, snapshots)
-        for place, _ in zip(places, saving, strict=True):
-            self._tell(place)
-            if place.over:
-                self._take_out(place)
+        # Side by side, since an object store takes its time for each; not all at once, since each
+        # is a copy of its trial.
+        for start in range(0, len(places), WRITERS):
+            saved = places[start : start + WRITERS]
+            latest = [results[place.key] for place in saved]
+            snapshots = [
+                pool.snapshot(place.key) if place.saves(metrics) else None
+                for place, metrics in zip(saved, latest, strict=True)
+            ]
+            saving = self._writers.map(self._save, saved, latest, snapshots)
+            for place, _ in zip(saved, saving, strict=True):
+                self._tell(place)
+                if place.over:
+                    self._take_out(place)
 
     def _save(self, place: Place, metrics: Metrics, snapshot: Snapshot | None) -> None:
         records = [*place.records, metrics]

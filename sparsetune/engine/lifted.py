@@ -42,12 +42,10 @@ def padded(slots: int) -> int:
 
 
 class Lifted:
-    """See `pool.Backend`. `compiles`: the step is fused by Inductor; `alone`: topology updates slot
-    by slot, by the solo trainer's own function, which is faster on a CPU."""
+    """See `pool.Backend`. `compiles`: the step is fused by Inductor."""
 
-    def __init__(self, slots: int, compiles: bool, alone: bool) -> None:
-        self._slots = padded(slots)
-        self._compiles, self._alone = compiles, alone
+    def __init__(self, slots: int, compiles: bool) -> None:
+        self._slots, self._compiles = padded(slots), compiles
         self._held: dict[int, Held] = {}
         self._stack: Stack | None = None
 
@@ -70,8 +68,7 @@ class Lifted:
             now = {slot: state._replace(step=state.step + 1) for slot, state in now.items()}
             due = [s for s, held in self._held.items() if trainer.is_due(held.setup, now[s].step)]
             if due:
-                update = self._update_alone if self._alone else self._update_lifted
-                update({slot: Held(self._held[slot].setup, now[slot]) for slot in due})
+                self._update({slot: Held(self._held[slot].setup, now[slot]) for slot in due})
                 now |= {slot: now[slot]._replace(updates=now[slot].updates + 1) for slot in due}
         results = {}
         for slot, (setup, before) in self._held.items():
@@ -102,14 +99,7 @@ class Lifted:
         self._stack.begin_epoch(self._held)
         self._stack.step()
 
-    def _update_alone(self, due: dict[int, Held]) -> None:
-        assert self._stack is not None
-        for slot, (setup, counts) in due.items():
-            state = self._stack.state(slot, counts)
-            updated = trainer.topology_update(setup, state, self._stack.gradients(slot))
-            self._stack.put(slot, setup, updated)
-
-    def _update_lifted(self, due: dict[int, Held]) -> None:
+    def _update(self, due: dict[int, Held]) -> None:
         """All slots take the update and those due keep it: K is fixed here as well."""
         assert self._stack is not None
         stack, (setup, _) = self._stack, next(iter(due.values()))
@@ -252,10 +242,6 @@ class Stack:
             ever=one(self.ever),
             method=pytree.tree_map(lambda tensor: tensor[slot], self.method),
         )
-
-    def gradients(self, slot: int) -> Layers:
-        """Of the last step, at all positions of the sparse layers."""
-        return {name: self.raw[name][slot] for name in self.masks}
 
     def momenta(self, setup: Setup) -> Layers:
         """`optim.momentum_of` of all slots."""

@@ -41,10 +41,10 @@ def unfit(setup: Setup) -> str:
     if step.draws(setup):
         return f"{name} draws random numbers in its forward pass, which differ in a stack of trials"
     try:
-        probe = Lifted(1, compiles=False, alone=False)
+        probe = Lifted(1, compiles=False)
         probe.attach(0, setup, None)
         probe.try_step()
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         return f"{name} cannot be lifted over trials by torch.vmap: {reason}"
     return ""
@@ -62,9 +62,7 @@ class Stacked:
             on_cpu, compiles = setup.device.type == "cpu", self._compiles
             if compiles is None:
                 compiles = has_compiler() if on_cpu else has_triton()
-            self._backend = (
-                Turns(compiles) if on_cpu else Lifted(self._slots, compiles, alone=False)
-            )
+            self._backend = Turns(compiles) if on_cpu else Lifted(self._slots, compiles)
         self._backend.attach(slot, setup, start)
 
     def advance(self) -> dict[int, Metrics]:

@@ -19,7 +19,6 @@ from sparsetune.search.study import MemberSearch, SearchMember, StartPoint
 __all__ = ["JournalSearcher", "MemberSearch", "Reraise", "SearchMember", "StartPoint"]
 
 SYNC_SECONDS = 1.0  # how late reports may reach the disk
-LOSSES = 3  # of a trial that Ray gave up; then it has failed
 # What Ray itself reads of a result, and we of a last result that Ray repeats.
 KEPT = {"trial_id", "done", "pid", "node_ip", "training_iteration", "should_checkpoint"}
 KEPT |= {"epoch", "attempt", "failed", "moved"}
@@ -36,17 +35,20 @@ class JournalSearcher(Searcher):
         concurrency: int = 0,
         release: Callable[[str, str, int], None] = lambda engine, member, number: None,
         follow: Callable[[], None] = lambda: None,
+        failures: int = 3,
     ) -> None:
         """`engines`: names and places, which may change. `concurrency` is how many trials, of all
         members together, may be under way (0: as many as there are places). `release` (engine,
         member, number) is called when Ray is done with an attempt at a trial, `follow` whenever
-        Ray asks for a trial, also while it calls nothing else: to change the engines."""
+        Ray asks for a trial, also while it calls nothing else: to change the engines. `failures`:
+        a trial that Ray gave up so often has failed."""
         super().__init__()
         self.searches = {member.name: MemberSearch(member, seed) for member in members}
         self.error: BaseException | None = None
         self._concurrency = concurrency
         self._engines = engines
         self._release, self._follow = release, follow
+        self._allowed = failures
         self._draining = False
         self._open: list[tuple[str, int]] | None = None
         # Ray's id of an attempt -> our trial, and the engine that it is in
@@ -100,7 +102,7 @@ class JournalSearcher(Searcher):
         if search.record.trials[number].status != "running":
             return
         self._lost[name, number] += error
-        if moved or (error and self._lost[name, number] < LOSSES):
+        if moved or (error and self._lost[name, number] < self._allowed):
             assert self._open is not None
             self._open.append((name, number))
         elif error:
