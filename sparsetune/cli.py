@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -87,16 +87,23 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
 
 def _run(members: list[Any]) -> int:
     from sparsetune import sweep
+
+    again = sweep.resume_command(members[0].folder.parent)
+    return _guarded(lambda: sweep.run(members), again)
+
+
+def _guarded(run: Callable[[], int], again: str) -> int:
+    """The exit status of `run`; what ended it without being a bug is said, and how to go on."""
     from sparsetune.files import StorageAway
     from sparsetune.fleet import ClusterError
     from sparsetune.search.lock import SweepHeld
 
     try:
-        return sweep.run(members)
+        return run()
     except (ClusterError, SweepHeld, StorageAway) as error:
         click.echo(f"sparsetune: {error}", err=True)
         if not isinstance(error, SweepHeld):
-            click.echo(f"Go on by: {sweep.resume_command(members[0].folder.parent)}", err=True)
+            click.echo(f"Go on by: {again}", err=True)
         if isinstance(error, StorageAway):
             return 130
         return 2 if isinstance(error, ClusterError) else 1
@@ -192,6 +199,38 @@ def resume(words: tuple[str, ...], allow_wider: bool, retry_failed: bool) -> Non
 
 
 @main.command()
+@click.option("--retry-failed", is_flag=True, help="Failed runs go on from their checkpoints.")
+@WORDS
+def confirm(words: tuple[str, ...], retry_failed: bool) -> None:
+    """Train the best of a finished search on fresh seeds, and read the winner's test accuracy.
+
+    \b
+    sparsetune confirm NAME [seeds=5] [top=3] [full=true] [multiplier=1] [--retry-failed]
+    top: trials that are ranked again on validation. full: the winner is trained once more per seed,
+    on training and validation data. multiplier=2: twice the epochs, schedules stretched.
+    Where runs are trained may change as with resume. Called again it goes on; more seeds are added.
+    """
+    from sparsetune import changes
+    from sparsetune import confirm as confirmation
+    from sparsetune.sweep import Extension
+
+    with ExitStack() as stack:
+        with user_errors():
+            own = [word for word in words if word.partition("=")[0] in confirmation.KEYS]
+            asked = confirmation.parse(own)
+            given = _named(tuple(w for w in words if w not in own), set(changes.PLACES))
+            if "name" not in given:
+                raise ValueError("confirm: give the name of a sweep, or SWEEP/MEMBER")
+            places = {key: given[key] for key in changes.PLACES if key in given}
+            wanted = Extension(places=places, retry_failed=retry_failed)
+            confirmations = stack.enter_context(
+                confirmation.begun(given["storage"], given["name"], asked, wanted)
+            )
+        again = confirmation.command(confirmations)
+        sys.exit(_guarded(lambda: confirmation.run(confirmations), again))
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @WORDS
 def status(words: tuple[str, ...], as_json: bool) -> None:
@@ -229,6 +268,55 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not -1e308 < value < 1e308 else value
+
+
+@main.command()
+@click.option("--match", type=click.Choice(["density", "flops"]), default="density",
+              help="Compare at equal density, or at nearly equal FLOPs of inference.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--csv", "csv_file", type=click.Path(dir_okay=False), help="Also write all runs there."
+)
+@WORDS
+def compare(
+    words: tuple[str, ...],
+    match: Literal["density", "flops"],
+    as_json: bool,
+    csv_file: str | None,
+) -> None:
+    """Compare confirmed sweeps, or members of them: accuracies, costs, and the rules of fairness.
+
+    \b
+    sparsetune compare NAME [NAME ...] [--match density|flops] [--json] [--csv FILE]
+    Where a rule that forbids a ranking is broken there is none, but the reason and what mends it.
+    """
+    from sparsetune import compare as comparing
+    from sparsetune import tables
+
+    with user_errors():
+        storage, names = _names(words)
+        found = comparing.compare(storage, names, match)
+        if csv_file:
+            try:
+                with open(csv_file, "w", newline="") as file:
+                    comparing.write_csv(found, file)
+            except OSError as error:
+                raise ValueError(
+                    f"csv: '{csv_file}' cannot be written ({error.strerror})"
+                ) from error
+    if as_json:
+        click.echo(json.dumps(_finite(dataclasses.asdict(found)), indent=2))
+    else:
+        tables.print_comparison(found)
+
+
+def _names(words: tuple[str, ...]) -> tuple[Any, list[str]]:
+    """The storage and the names, of sweeps or of members, that `compare` and `report` are given."""
+    names = [word for word in words if "=" not in word]
+    given = [_named((name, *(w for w in words if "=" in w)), set()) for name in names]
+    if not names:
+        raise ValueError("name: give one or more sweeps, or SWEEP/MEMBER")
+    return given[0]["storage"], names
 
 
 @main.command()

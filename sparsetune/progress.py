@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +22,8 @@ SHARE = 0.02  # of the driver's time at most: a drawing looks at all trials, and
 class Progress:
     """Draws the state of the records while a sweep runs; a line now and then in a file."""
 
-    def __init__(self, records: dict[str, tuple[Member, journal.Member]]) -> None:
+    def __init__(self, records: Mapping[str, tuple[Member | None, journal.Member]]) -> None:
+        """{name: (member, its record)}; without a member no trial of it is called the best."""
         self._records = records
         self._console = wide_console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -109,9 +111,9 @@ class Progress:
         for name, (member, record) in self._records.items():
             trials = list(record.trials.values())
             running = sum(trial.status == "running" for trial in trials)
-            best = front(member, record)
+            best = front(member, record) if member is not None else []
             value = "-"
-            if best:
+            if best and member is not None:
                 last = best[0].reports[-1].metrics
                 value = " / ".join(shown(last[objective]) for objective in member.objectives)
             table.add_row(

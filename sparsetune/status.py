@@ -118,6 +118,8 @@ def member_folders(storage: Path, name: str) -> list[Path]:
 
     In the order in which they were asked for. ValueError where there is no such sweep.
     """
+    if name.count("/") > 1:
+        raise ValueError(f"name: '{name}' is neither a sweep nor a member, such as mnist/set@0.05")
     folder = storage / name
     found = [folder] if journal.exists(folder) else []
     found = found or [path for path in inside(folder) if journal.exists(path)]

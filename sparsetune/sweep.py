@@ -262,38 +262,50 @@ class Recording:
         trial, name = one.journal.record.trials[number], one.member.name
         if sent.get(number) == -1:
             return
+        about = self.about(one, trial)
+        if about is None:
+            return
         if number not in sent:
             recorded = self.tracker.recorded(name, number, len(trial.failures))
             if trial.status != "running" and recorded == trial.status:
                 sent[number] = -1
                 return
-            config = one.member.configure(trial.params, trial.fixed, number)
+            group, job_type = about
             self.tracker.start(
                 name,
                 number,
                 name=one.member.run_name(trial.params | trial.fixed, number),
-                group="",  # the sweep
-                job_type=config["method"],
-                config=config | {"trial": number},
+                group=group,
+                job_type=job_type,
+                config=one.member.configure(trial.params, trial.fixed, number) | {"trial": number},
             )
             sent[number] = 0
         for epoch, metrics, _ in trial.reports[sent[number] :]:
             self.tracker.log(name, number, epoch, metrics)
             sent[number] = epoch
-        if trial.status != "running":
-            best = best_values(one.member, trial)
-            self.tracker.finish(name, number, trial.status, best, len(trial.failures))
+        if trial.status != "running" and self.complete(trial):
+            found = summary(one.member, trial)
+            self.tracker.finish(name, number, trial.status, found, len(trial.failures))
             sent[number] = -1
 
+    def about(self, one: OpenMember, trial: Trial) -> tuple[str, str] | None:
+        """(group, job type) of the trial's run; None where that is not known yet."""
+        return one.member.name.partition("/")[0], one.member.settings.method
 
-def best_values(member: Member, trial: Trial) -> dict[str, float]:
-    """The best value that each objective had in any epoch of the trial, for reading in W&B."""
-    best = {}
+    def complete(self, trial: Trial) -> bool:
+        """Has a trial that has ended all that its run is to hold?"""
+        return True
+
+
+def summary(member: Member, trial: Trial) -> dict[str, float]:
+    """The best value that each objective had in any epoch of the trial, and what it does on the
+    test images where they were read, for reading in W&B."""
+    found = dict(trial.test or {})
     for name, direction in zip(member.objectives, member.directions, strict=True):
         values = [r.metrics[name] for r in trial.reports if math.isfinite(r.metrics[name])]
         if values:
-            best[name] = max(values) if direction == "maximize" else min(values)
-    return best
+            found[f"best/{name}"] = max(values) if direction == "maximize" else min(values)
+    return found
 
 
 def run(members: list[OpenMember]) -> int:
@@ -314,20 +326,26 @@ def run(members: list[OpenMember]) -> int:
         if command == "train":
             train_alone(members[0], watch)
         elif not _all_done(members):
-            sweep = Sweep("", Path(), [one.member for one in members])
-            searches = [search_member(one, sweep.scheduling) for one in members]
-            with _needs(members) as (needed, sent):
-                tune_all(
-                    searches,
-                    sweep.settings,
-                    sweep.scheduling,
-                    lambda on_gpu: _slots(members, on_gpu),
-                    needed,
-                    sent,
-                    watch,
-                )
+            scheduling = Sweep("", Path(), [one.member for one in members]).scheduling
+            tune(members, [search_member(one, scheduling) for one in members], scheduling, watch)
     recording.send(last=True)
     return _close(folder, members, recording)
+
+
+def tune(
+    members: list[OpenMember], searches: list[SearchMember], scheduling: Scheduling, watch: Watch
+) -> None:
+    """Trains, under Ray, what the members' journals lack of `searches`."""
+    with _needs(members) as (needed, sent):
+        tune_all(
+            searches,
+            members[0].member.settings,
+            scheduling,
+            lambda on_gpu: _slots(members, on_gpu),
+            needed,
+            sent,
+            watch,
+        )
 
 
 def wandb_folder(one: OpenMember) -> Path:

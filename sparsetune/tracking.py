@@ -148,17 +148,17 @@ class Tracker:
     ) -> None:
         """A trial begins, or goes on and has all its epochs logged again from the first."""
         self._left_out.discard(run_id(self.sweep_id, member, number))
-        given = {"name": name, "group": group or self.sweep, "job_type": job_type}
+        given = {"name": name, "group": group, "job_type": job_type}
         self._put(self._start, member, number, given | {"config": copy.deepcopy(config)})
 
     def log(self, member: str, number: int, epoch: int, metrics: dict[str, float]) -> None:
         self._put(self._log, member, number, epoch, dict(metrics))
 
     def finish(
-        self, member: str, number: int, status: str, best: dict[str, float], retries: int = 0
+        self, member: str, number: int, status: str, summary: dict[str, float], retries: int = 0
     ) -> None:
-        """`status` is finished, stopped, diverged or failed."""
-        self._put(self._finish, member, number, status, dict(best), retries)
+        """`status` is finished, stopped, diverged or failed; `summary` is added to the run's."""
+        self._put(self._finish, member, number, status, dict(summary), retries)
 
     def close(self, timeout: float = 120.0) -> str | None:
         """Waits for what is queued; runs still open end as interrupted. Returns the shell command
@@ -255,10 +255,10 @@ class Tracker:
             opened.run.log(row, step=epoch, commit=True)
             opened.last_epoch = epoch
 
-    def _finish(self, run: str, status: str, best: dict[str, float], retries: int = 0) -> None:
+    def _finish(self, run: str, status: str, found: dict[str, float], retries: int = 0) -> None:
         opened = self._open.pop(run)
-        summary = {"status": status} | {f"best/{key}": best[key] for key in best}
-        opened.run.summary.update(opened.last | summary)  # a resumed client knows no earlier row
+        # A resumed client knows no earlier row.
+        opened.run.summary.update(opened.last | {"status": status} | found)
         opened.run.finish(exit_code={"failed": 1, "interrupted": 130}.get(status, 0))
         written = Path(opened.run.dir).parent / f"run-{run}.wandb"
         deadline = time.monotonic() + 5

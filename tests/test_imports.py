@@ -14,12 +14,15 @@ import sparsetune
 ROOT = Path(sparsetune.__file__).parent
 ORDER = [
     {"cli"},
+    {"compare"},
+    {"fairness"},
+    {"confirm"},
     {"sweep"},
     {"cluster"},
     {"fleet"},
     {"nodes"},
     {"watch"},
-    {"progress", "warm"},
+    {"progress", "tables", "warm"},
     {"status", "changes"},
     {"member"},
     {"alone", "trial", "tracking", "search.scheduler"},
@@ -41,6 +44,7 @@ ORDER = [
     {"models", "data"},
     {"data_files"},
     {"methods", "sources"},
+    {"statistics"},
     {"comparison", "files", "imports", "memory", "settings"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -61,7 +61,7 @@ def replay(tracker: Tracker, number: int = 0, epochs: int = 8) -> None:
     """What the caller does after a restart: all of the trial, from its journal."""
     start(tracker, number)
     log(tracker, number, range(1, epochs + 1))
-    tracker.finish(MEMBER, number, "finished", {"val/accuracy": epochs / 10})
+    tracker.finish(MEMBER, number, "finished", {"best/val/accuracy": epochs / 10})
 
 
 def steps(run: Run) -> list[int]:
@@ -110,7 +110,7 @@ def test_what_is_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
         start(ours, number)
         log(ours, number, range(1, 4))
         if status:
-            ours.finish(MEMBER, number, status, {"val/accuracy": 0.2})
+            ours.finish(MEMBER, number, status, {"best/val/accuracy": 0.2})
     command = ours.close()
     assert command is not None
     assert command.endswith(f"sync {shlex.quote(str(tmp_path / 'wandb'))}")

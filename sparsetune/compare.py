@@ -1,0 +1,503 @@
+"""From journals to a comparison: what was spent, what it came to, and which rules were kept.
+
+The rule to know: accuracies come from confirmation runs alone, and a ranking is printed only where
+no rule that forbids one is broken (`fairness.py`). This module reads; it trains and writes nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import statistics as standard
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from sparsetune import data, models, statistics
+from sparsetune.comparison import Cell, Comparison, Line, Pair, Rule, Tuning
+from sparsetune.confirm import (
+    SLACK,
+    called,
+    candidates,
+    command_for,
+    excess,
+    folder_of,
+    role,
+    seed_of,
+    targets,
+    winner,
+)
+from sparsetune.fairness import Entry, rules
+from sparsetune.flops import forward_flops
+from sparsetune.member import Member, Sweep
+from sparsetune.methods.contract import make_variant
+from sparsetune.search import journal
+from sparsetune.search.journal import ENDED, Trial
+from sparsetune.settings import TrialSettings
+from sparsetune.status import inside, is_done, member_folders
+from sparsetune.sweep import resume_command
+
+Match = Literal["density", "flops"]
+CURVES = ("train/loss", "val/accuracy", "density/all")
+ENOUGH = 6  # seeds for a test: at 5 the smallest p of a sign test is 0.06
+NEAR = 0.1  # FLOPs so close, relatively, count as equal (`--match flops`)
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Of a network: forward FLOPs per image and sizes of each layer with weights, and the number
+    of weights that a density is a share of."""
+
+    flops: dict[str, float]
+    sizes: dict[str, int]
+    whole: int
+
+
+def compare(storage: Path, names: list[str], match: Match = "density") -> Comparison:
+    """The members of these sweeps beside each other. ValueError for a name that does not exist."""
+    folders = [folder for name in names for folder in member_folders(storage, name)]
+    entries = [entry for name in names for entry in _entries(storage, name)]
+    entries.sort(key=lambda e: (e.cell.density is None, e.cell.density or 0.0))
+    known: dict[str, Any] = {}
+    entries = [replace(entry, cell=_costed(entry, known)) for entry in entries]
+    cells = [entry.cell for entry in entries]
+    if len({cell.name for cell in cells}) < len(cells) or len(set(folders)) < len(folders):
+        raise ValueError(f"name: {' '.join(names)} names a member twice; give each once")
+    levels, notes = _levels(cells, match)
+    checked = rules(entries, levels, match)
+    found = {cell.name: cell for cell in cells}
+    standing = {
+        level: [found[name] for name in at if found[name].state == "confirmed"]
+        for level, at in levels.items()
+    }
+    notes += [f"{cell.name}: {cell.note}" for cell in cells if cell.note]
+    return Comparison(
+        names=names,
+        match=match,
+        seeds=sorted({seed for cell in cells if cell.chosen for seed in cell.chosen.seeds}),
+        cells=cells,
+        levels=levels,
+        pairs=[pair for level, at in standing.items() for pair in _pairs(float(level), at)],
+        rules=checked,
+        ranking=None if _forbidden(checked) else {k: _ranked(at) for k, at in standing.items()},
+        notes=notes,
+        about=_about(entries),
+    )
+
+
+def _forbidden(checked: list[Rule]) -> bool:
+    return any(rule.forbids and rule.state == "broken" for rule in checked)
+
+
+def _ranked(cells: list[Cell]) -> list[str]:
+    able = [cell for cell in cells if cell.mean is not None]
+    return [cell.space for cell in sorted(able, key=lambda cell: -cell.mean.value)]  # type: ignore[union-attr]
+
+
+# Cells --------------------------------------------------------------------------------------------
+
+
+def _entries(storage: Path, name: str) -> list[Entry]:
+    folders = member_folders(storage, name)
+    records = [journal.load(folder) for folder in folders]
+    members = [Member.from_header(record.header["member"]) for record in records]
+    # A member's scheduling follows from all members of its sweep, named here or not.
+    everybody = [
+        Member.from_header(journal.load(folder).header["member"])
+        for folder in member_folders(storage, name.partition("/")[0])
+    ]
+    scheduling = Sweep("", Path(), everybody).scheduling
+    densities = [each.density for each in everybody if each.density is not None]
+    entries = []
+    for folder, record, member in zip(folders, records, members, strict=True):
+        served = targets(member, densities)
+        multipliers = [1, *_multipliers(folder)]
+        for multiplier, target in itertools.product(multipliers, served):
+            runs_folder = folder_of(folder, multiplier)
+            runs = journal.load(runs_folder) if journal.exists(runs_folder) else None
+            if multiplier == 1 and runs is None and len(multipliers) > 1:
+                continue
+            cell = _cell(folder, member, record, runs, target, multiplier)
+            cell = replace(cell, tuning=_tuning(member, record, len(served)))
+            entries.append(Entry(cell, member, record, runs, scheduling, len(served)))
+    return entries
+
+
+def _multipliers(folder: Path) -> list[int]:
+    names = (path.name for path in inside(folder))
+    words = (
+        name.removeprefix("confirm-").removesuffix("x") for name in names if "confirm-" in name
+    )
+    return sorted(int(word) for word in words if word.isdecimal())
+
+
+def _cell(
+    folder: Path,
+    member: Member,
+    record: journal.Member,
+    runs: journal.Member | None,
+    target: float | None,
+    multiplier: int,
+) -> Cell:
+    """The cell with its lines, but without what networks cost."""
+    state, note = _state(folder, member, record, runs, target, multiplier)
+    chosen = paper = None
+    variant: Any = member.settings.variant
+    if runs is not None and (number := _winner(member, runs, target)) is not None:
+        serves = "final" if runs.header["confirm"]["full"] else "rank"
+        chosen = _line(member, record, runs, serves, number)
+        point = [t.number for t in record.trials.values() if t.origin == "start:paper"]
+        if point:
+            paper = _line(member, record, runs, "paper", point[0]) or (
+                chosen if point[0] == number else None
+            )
+        trial = record.trials[number]
+        variant = member.trial_settings(trial.params, trial.fixed).variant
+        over = _over(member, chosen, target)
+        if state == "confirmed" and over > SLACK:
+            state = "infeasible"
+            note = f"its runs are {over:.1%} above the density that was asked for"
+    method = member.method
+    values = [value for value in chosen.test if value is not None] if chosen else []
+    papers = [value for value in paper.test if value is not None] if paper else []
+    name = called(member.name, multiplier)
+    if len(runs.header["confirm"]["candidates"]) > 1 if runs else False:
+        name += f" to {target:g}"
+    return Cell(
+        name=name,
+        space=called(member.space.name, multiplier),
+        sweep=member.name.partition("/")[0],
+        method=method.name,
+        density=target,
+        state=state,
+        note=note,
+        dense_gradient=method.dense_gradient(make_variant(method, variant)),  # type: ignore[arg-type]
+        begins=method.begins,  # type: ignore[arg-type]
+        tuning=_tuning(member, record, 1),
+        chosen=chosen,
+        paper=paper,
+        mean=statistics.mean(values) if len(values) > 1 else None,
+        iqm=statistics.iqm(values) if len(values) > 1 else None,
+        paper_mean=statistics.mean(papers) if len(papers) > 1 else None,
+    )
+
+
+def _winner(member: Member, runs: journal.Member, target: float | None) -> int | None:
+    if str(target) not in runs.header["confirm"]["candidates"]:
+        return None
+    return winner(member, runs, target)
+
+
+State = Literal["confirmed", "infeasible", "unconfirmed", "unfinished"]
+
+
+def _state(
+    folder: Path,
+    member: Member,
+    record: journal.Member,
+    runs: journal.Member | None,
+    target: float | None,
+    multiplier: int,
+) -> tuple[State, str]:
+    sweep = folder.parent
+    if not is_done(record):
+        ended = sum(trial.status != "running" for trial in record.trials.values())
+        return "unfinished", (
+            f"{ended} of {record.asked} trials of its search have ended; finish it by: "
+            f"{resume_command(sweep)}"
+        )
+    try:
+        found = candidates(member, record, 1, target)
+    except ValueError as error:
+        return "unconfirmed", str(error)
+    again = command_for(sweep, multiplier)
+    if not found:
+        ended = [t.reports[-1].metrics for t in record.trials.values() if t.status == "finished"]
+        reached = min((m["density/all"] for m in ended if "density/all" in m), default=None)
+        if reached is None:
+            return "infeasible", "none of its trials was trained to the end"
+        return "infeasible", (
+            f"none of its {len(ended)} finished trials is within its bounds; lowest density "
+            f"{reached:.4f}"
+        )
+    if runs is None:
+        return "unconfirmed", f"its best trials were not trained on fresh seeds; do so by: {again}"
+    if runs.header["confirm"]["trials"] != len(record.trials):
+        return "unconfirmed", (
+            f"it was confirmed after {runs.header['confirm']['trials']} trials, and the search has "
+            f"{len(record.trials)} by now"
+        )
+    if (
+        _winner(member, runs, target) is None
+        or not is_done(runs)
+        or _untested(member, runs, target)
+    ):
+        return "unfinished", f"its confirmation is not complete; go on by: {again}"
+    return "confirmed", ""
+
+
+def _untested(member: Member, runs: journal.Member, target: float | None) -> bool:
+    serves = "final" if runs.header["confirm"]["full"] else "rank"
+    mine = (serves, _winner(member, runs, target))
+    final = [trial for trial in runs.trials.values() if role(trial) == mine]
+    return not final or any(t.test is None and t.status == "finished" for t in final)
+
+
+def _over(member: Member, line: Line | None, target: float | None) -> float:
+    """How far the runs of a method whose density emerges are above their bound, relatively."""
+    if line is None or line.density is None or not member.method.emergent:
+        return 0.0
+    bounds = member.settings.constraint
+    return excess(member, dict.fromkeys(bounds, -math.inf) | {"density/all": line.density}, target)
+
+
+def _line(
+    member: Member, record: journal.Member, runs: journal.Member, name: str, number: int
+) -> Line | None:
+    """The runs of a setting under this role, and beside them those that ranked it."""
+
+    def of(name: str) -> list[Trial]:
+        found = [trial for trial in runs.trials.values() if role(trial) == (name, number)]
+        return sorted(found, key=seed_of)
+
+    served, ranked = of(name), of("rank")
+    if not served:
+        return None
+    last = [trial.reports[-1].metrics for trial in served if trial.status == "finished"]
+    mean = {key: standard.fmean(each[key] for each in last) for key in (last[0] if last else {})}
+    trial = record.trials[number]
+    return Line(
+        trial=number,
+        config=trial.params | trial.fixed,
+        seeds=[seed_of(each) for each in served],
+        statuses=[each.status for each in served],
+        test=[(each.test or {}).get("test/accuracy") for each in served],
+        validation=[_last(each, "val/accuracy") for each in ranked],
+        density=mean.get("density/all"),
+        density_sparse=mean.get("density/sparse"),
+        layers={
+            key.removeprefix("density/layer/"): value
+            for key, value in mean.items()
+            if key.startswith("density/layer/")
+        },
+        parameters=None,
+        flops_train=mean.get("flops/total"),
+        flops_inference=None,
+        device_seconds=sum(
+            report.metrics.get("device_seconds", 0.0)
+            for each in {t.number: t for t in [*served, *ranked]}.values()
+            for report in each.reports
+        ),
+        curves=_curves(served, ranked),
+    )
+
+
+def _last(trial: Trial, metric: str) -> float | None:
+    return trial.reports[-1].metrics.get(metric) if trial.status == "finished" else None
+
+
+def _curves(served: list[Trial], ranked: list[Trial]) -> dict[str, list[list[float]]]:
+    curves = {}
+    names = {key for trial in served for report in trial.reports[:1] for key in report.metrics}
+    layers = sorted(name for name in names if name.startswith("density/layer/"))
+    for metric in (*CURVES, *layers):
+        runs = served if metric in names else ranked
+        if runs and all(metric in report.metrics for t in runs for report in t.reports):
+            curves[metric] = [[report.metrics[metric] for report in t.reports] for t in runs]
+    return curves
+
+
+def _tuning(member: Member, record: journal.Member, served: int) -> Tuning:
+    """What the search spent; a share of it where it serves several densities."""
+    trials = record.trials.values()
+
+    def worth(trial: Trial) -> float:
+        """What the search would have to show had it been this trial alone."""
+        last = trial.reports[-1].metrics if trial.reports else {}
+        lost = trial.status in ("diverged", "failed") or member.constraint(last) > 0
+        return 0.0 if lost else last.get("val/accuracy", 0.0)
+
+    return Tuning(
+        asked=record.asked // served,
+        trials={s: sum(t.status == s for t in trials) for s in (*ENDED, "running")},
+        epochs=sum(len(trial.reports) for trial in trials) // served,
+        device_seconds=sum(
+            report.metrics.get("device_seconds", 0.0) for t in trials for report in t.reports
+        )
+        / served,
+        best_of=statistics.best_of([worth(t) for t in trials if t.status != "running"]),
+    )
+
+
+# Costs, levels, pairs -----------------------------------------------------------------------------
+
+
+def _costed(entry: Entry, known: dict[str, Any]) -> Cell:
+    """The cell with parameters and FLOPs, of the network as a whole where it was made smaller."""
+    cell, settings = entry.cell, entry.member.settings
+    if cell.chosen is None:
+        return cell
+    lines = {}
+    for name in ("chosen", "paper"):
+        line: Line | None = getattr(cell, name)
+        if line is None:
+            continue
+        trial = entry.record.trials[line.trial]
+        costs = _costs(entry.member.trial_settings(trial.params, trial.fixed), known)
+        if costs is None:
+            return replace(
+                cell, note=cell.note or f"costs unknown: {settings.data.name} is not here"
+            )
+        parameters = sum(line.layers.get(k, 1.0) * size for k, size in costs.sizes.items())
+        flops = sum(line.layers.get(k, 1.0) * each for k, each in costs.flops.items())
+        smaller = costs.whole != sum(costs.sizes.values())
+        density = parameters / costs.whole if smaller and line.density else line.density
+        lines[name] = replace(line, parameters=parameters, flops_inference=flops, density=density)
+    return replace(cell, **lines)
+
+
+def _costs(settings: TrialSettings, known: dict[str, Any]) -> _Costs | None:
+    key = repr((settings.data, settings.model))
+    if key not in known:
+        images = repr(settings.data)
+        if images not in known:
+            try:
+                dataset = data.load(settings.data)
+                known[images] = dataset.input_shape, dataset.num_classes
+            except ValueError:
+                known[images] = None
+        known[key] = None
+        if known[images] is not None:
+            shape, classes = known[images]
+            full = replace(settings.model, match_density=0.0)
+            sizes = [
+                {k: s.numel() for k, s in models.weights(models.probe(m, shape, classes)).items()}
+                for m in (settings.model, full)
+            ]
+            flops = forward_flops(settings.model, shape, classes)
+            known[key] = _Costs(flops, sizes[0], sum(sizes[1].values()))
+    costs: _Costs | None = known[key]
+    return costs
+
+
+def _levels(cells: list[Cell], match: Match) -> tuple[dict[str, list[str]], list[str]]:
+    """Which cells are compared with each other: at one density, or at nearly equal FLOPs of
+    inference, those that the median method has at that density."""
+    densities = sorted({cell.density for cell in cells if cell.density is not None})
+    by_density = {f"{d:g}": [c for c in cells if c.density == d] for d in densities}
+    if match == "density":
+        return {level: [c.name for c in at] for level, at in by_density.items()}, []
+    levels, notes = {}, []
+    spaces = dict.fromkeys(cell.space for cell in cells if cell.density is not None)
+    for level, at in by_density.items():
+        known = [f for c in at if (f := _flops(c)) is not None]
+        if not known:
+            continue
+        aim = standard.median(known)
+        levels[level] = []
+        for space in spaces:
+            able = [(abs(f / aim - 1), c) for c in cells if c.space == space and (f := _flops(c))]
+            if able and (nearest := min(able, key=lambda pair: pair[0]))[0] <= NEAR:
+                levels[level].append(nearest[1].name)
+            else:
+                notes.append(f"{space} has no cell within {NEAR:.0%} of {aim:.3g} FLOPs ({level})")
+    return levels, notes
+
+
+def _flops(cell: Cell) -> float | None:
+    return cell.chosen.flops_inference if cell.chosen and cell.state == "confirmed" else None
+
+
+def _pairs(density: float, cells: list[Cell]) -> list[Pair]:
+    pairs, ps = [], []
+    for first, second in itertools.combinations([c for c in cells if c.mean is not None], 2):
+        assert first.chosen is not None and second.chosen is not None
+        lines = first.chosen, second.chosen
+        a, b = ([value for value in line.test if value is not None] for line in lines)
+        paired = lines[0].seeds == lines[1].seeds and len(a) == len(b) == len(lines[0].seeds)
+        difference = statistics.difference(a, b) if paired else None
+        tested = paired and len(a) >= ENOUGH
+        ps += [statistics.paired_p(a, b)] if tested else []
+        improvement = statistics.improvement(a, b)
+        pairs.append(
+            Pair(
+                density,
+                first.space,
+                second.space,
+                improvement,
+                difference,
+                0.0 if tested else None,
+                None,
+            )
+        )
+    adjusted = iter(statistics.holm(ps))
+    return [
+        pair
+        if pair.p is None
+        else replace(
+            pair, p=(p := next(adjusted)), different=statistics.different(pair.improvement, p)
+        )
+        for pair in pairs
+    ]
+
+
+# About --------------------------------------------------------------------------------------------
+
+
+def _about(entries: list[Entry]) -> dict[str, Any]:
+    """What a reader needs to run it again: rule 14."""
+    first = entries[0].member.settings
+
+    def each(key: str) -> list[Any]:
+        found = [entry.record.header.get(key) for entry in entries]
+        return [value for n, value in enumerate(found) if value and value not in found[:n]]
+
+    return {
+        "versions": each("versions"),
+        "hardware": each("hardware"),
+        "commands": [" ".join(["sparsetune", *argv]) for argv in each("argv")],
+        "network": first.model.name if first.model.name != "mlp" else f"mlp {first.model.widths}",
+        "data": first.data.name,
+        "epochs": first.epochs,
+        "sampler": first.sampler.name,
+        "seed": first.seed,
+        "scheduler": entries[0].scheduling.reason,
+        "spaces": {entry.cell.name: entry.member.space.to_dict() for entry in entries},
+        "settings": {
+            entry.cell.name: entry.record.header["member"]["settings"] for entry in entries
+        },
+        "newest": max((entry.newest for entry in entries), default=0.0),
+    }
+
+
+# As a table for scripts ---------------------------------------------------------------------------
+
+COLUMNS = (
+    "cell", "sweep", "space", "method", "density asked", "state", "setting", "trial", "seed",
+    "status", "test accuracy", "density", "density sparse", "parameters", "flops train",
+    "flops inference", "dense gradient", "tuning trials", "tuning finished",
+    "tuning stopped", "tuning diverged", "tuning failed", "tuning epochs", "tuning device-seconds",
+)  # fmt: skip
+
+
+def write_csv(comparison: Comparison, file: IO[str]) -> None:
+    """One row per cell, setting (chosen or paper) and seed; a cell without runs has one row."""
+    rows = csv.writer(file)
+    rows.writerow(COLUMNS)
+    for cell in comparison.cells:
+        tuning = cell.tuning
+        head: list[Any] = [cell.name, cell.sweep, cell.space, cell.method, cell.density, cell.state]
+        tail: list[Any] = [cell.dense_gradient, tuning.asked]
+        tail += [tuning.trials[s] for s in ("finished", "stopped", "diverged", "failed")]
+        tail += [tuning.epochs, round(tuning.device_seconds, 3)]
+        lines: Iterable[tuple[str, Line | None]] = (("chosen", cell.chosen), ("paper", cell.paper))
+        found = [(setting, line) for setting, line in lines if line is not None]
+        if not found:
+            rows.writerow([*head, *[None] * 10, *tail])
+        for setting, line in found:
+            whole: list[Any] = [line.density, line.density_sparse, line.parameters]
+            whole += [line.flops_train, line.flops_inference]
+            for seed, status, test in zip(line.seeds, line.statuses, line.test, strict=True):
+                rows.writerow([*head, setting, line.trial, seed, status, test, *whole, *tail])

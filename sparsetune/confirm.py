@@ -1,0 +1,520 @@
+"""Confirmation: the best trials of a search on fresh seeds, and the winner on the test images.
+
+The rule to know: the best of a search is the best of many draws, so nothing of it is a result. Its
+best trials are ranked again, on seeds that the search never saw, by images held out; the winner is
+trained once more per seed on all training images, and its test accuracy is read once per seed. A
+seed varies initialisation, order, split and mask together and is the same for all members, which
+pairs them.
+
+All of it lies in the member's `confirm/`, a journal of the search's own form whose trials are the
+runs. `origin` says what a run is for: `start:rank 12` ranks trial 12 of the search, `start:final
+12` trains the winner, `start:paper 0` the start point `paper`, untuned. The winner is computed from
+the rankings and stays what it is: seeds that are added later are added to it alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsetune import checkpoint, data, trainer
+from sparsetune.alone import setup_of
+from sparsetune.cluster import check_cluster
+from sparsetune.config import replaced
+from sparsetune.files import insist
+from sparsetune.member import Member, Scheduling
+from sparsetune.progress import Progress
+from sparsetune.search import journal
+from sparsetune.search.journal import Journal, Trial
+from sparsetune.search.study import StartPoint
+from sparsetune.status import is_done
+from sparsetune.sweep import (
+    Extension,
+    OpenMember,
+    Recording,
+    note_driver,
+    opened,
+    resume_command,
+    search_member,
+    tune,
+    versions,
+    wandb_folder,
+)
+from sparsetune.trial import trial_folder
+from sparsetune.watch import Watch
+
+FIRST_SEED = 1001
+LEAST = {"seeds": 2, "top": 1, "multiplier": 1}
+KEYS = (*LEAST, "full")
+SLACK = 0.05  # how far, relatively, a density that emerges may be above the one asked for
+NO_STOPPING = Scheduling("none", 1, 2.0, "confirmation stops no run early")
+DENSITY = "density/all"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a confirmation was asked for; None: as it was begun, else the default."""
+
+    seeds: int | None = None
+    top: int | None = None
+    full: bool | None = None
+    multiplier: int = 1
+
+
+def parse(words: Iterable[str]) -> Asked:
+    """What `seeds=5`, `top=3`, `full=true`, `multiplier=2` ask for. ValueError for other values."""
+    given: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key == "full":
+            if value.lower() not in ("true", "false"):
+                raise ValueError(f"full: '{value}' is neither true nor false")
+            given[key] = value.lower() == "true"
+        elif not value.isdecimal() or int(value) < LEAST[key]:
+            raise ValueError(f"{key}: '{value}' is no whole number of {LEAST[key]} or more")
+        else:
+            given[key] = int(value)
+    return Asked(**given)
+
+
+@dataclass
+class Confirmation:
+    """A member's confirmation, which this process may write."""
+
+    search: OpenMember
+    runs: OpenMember
+    seeds: int
+
+    @property
+    def header(self) -> dict[str, Any]:
+        asked: dict[str, Any] = self.runs.journal.record.header["confirm"]
+        return asked
+
+
+# What a journal says of roles and winners; for readers too ----------------------------------------
+
+
+def folder_of(member: Path, multiplier: int = 1) -> Path:
+    return member / ("confirm" if multiplier == 1 else f"confirm-{multiplier}x")
+
+
+def called(name: str, multiplier: int) -> str:
+    """What a confirmed member is called: mnist/set@0.05, or mnist/set@0.05 2x."""
+    return name if multiplier == 1 else f"{name} {multiplier}x"
+
+
+def command_for(sweep: Path, multiplier: int) -> str:
+    """What to type to confirm a sweep."""
+    words = resume_command(sweep).replace("resume", "confirm", 1)
+    return words + (f" multiplier={multiplier}" if multiplier > 1 else "")
+
+
+def role(trial: Trial) -> tuple[str, int]:
+    """What a run is for (rank, final or paper), and the number of its trial in the search."""
+    name, _, number = trial.origin.removeprefix("start:").partition(" ")
+    return name, int(number)
+
+
+def seed_of(trial: Trial) -> int:
+    return int(trial.fixed["seed"])
+
+
+def accuracy_name(member: Member) -> tuple[str, int]:
+    """The objective that candidates are chosen by, and 1 where more of it is better, else -1."""
+    pairs = zip(member.objectives, member.directions, strict=True)
+    chosen = {name: direction for name, direction in pairs if name.startswith("val/")}
+    if not chosen:
+        raise ValueError(
+            f"objective: {member.name} was searched by {', '.join(member.objectives)}; a "
+            "comparison selects by validation, objective=val/accuracy"
+        )
+    name, direction = next(iter(chosen.items()))
+    return name, 1 if direction == "maximize" else -1
+
+
+def targets(member: Member, densities: Iterable[float]) -> list[float | None]:
+    """The densities that a search serves: its own, or, where the density is an objective of it,
+    those of the other members of the sweep."""
+    if DENSITY in member.objectives:
+        return [*sorted(set(densities))] or [None]
+    return [member.density]
+
+
+def excess(member: Member, metrics: dict[str, float], target: float | None) -> float:
+    """How far bounds are passed, relatively; 0 where all are kept, infinite for a NaN."""
+    bounds = dict(member.settings.constraint)
+    if DENSITY in member.objectives and target is not None:
+        bounds[DENSITY] = target
+    over = [0.0]
+    for name, bound in bounds.items():
+        value = metrics.get(name, math.nan)
+        over.append((value - bound) / abs(bound) if bound else value)
+    return math.inf if any(map(math.isnan, over)) else max(over)
+
+
+def candidates(
+    member: Member, record: journal.Member, top: int, target: float | None
+) -> list[Trial]:
+    """The best trials of a search that a method may be judged by, the best first.
+
+    Trained to the end, within the bounds, or, if there is none, within SLACK of them. A start point
+    that changes what the methods share (schedule, initial distribution, a learning rate outside of
+    the range) is none: other methods had no such choice. ValueError without a validation objective.
+    """
+    name, sign = accuracy_name(member)
+    able = [
+        trial
+        for trial in record.trials.values()
+        if trial.status == "finished"
+        and all(key.startswith(("hp.", "variant.")) for key in _apart(member, trial))
+    ]
+    over = {t.number: excess(member, t.reports[-1].metrics, target) for t in able}
+    kept = [t for t in able if over[t.number] <= 0] or [t for t in able if over[t.number] <= SLACK]
+    return sorted(kept, key=lambda t: (-sign * t.reports[-1].metrics[name], t.number))[:top]
+
+
+def _apart(member: Member, trial: Trial) -> list[str]:
+    """Keys that the trial fixes to something else than its member has."""
+    base = member.trial_settings(trial.params, {})
+    return [key for key, value in trial.fixed.items() if replaced(base, {key: value}) != base]
+
+
+def winner(member: Member, runs: journal.Member, target: float | None) -> int | None:
+    """The number of the trial that does best over the ranking seeds; None before all have ended.
+
+    A trial that diverged on a seed comes after all that did not, and one that is above its density
+    in the mean after all that keep it.
+    """
+    asked = runs.header["confirm"]
+    numbers = asked["candidates"][str(target)]
+    if len(numbers) == 1 and asked["full"]:
+        return int(numbers[0])  # nobody to be ranked against
+    name, sign = accuracy_name(member)
+    scores = []
+    for number in numbers:
+        ranked = [
+            trial
+            for trial in runs.trials.values()
+            if role(trial) == ("rank", number) and seed_of(trial) in asked["seeds"]
+        ]
+        if len(ranked) < len(asked["seeds"]) or any(t.status == "running" for t in ranked):
+            return None
+        last = [trial.reports[-1].metrics for trial in ranked if trial.status == "finished"]
+        gone = len(ranked) - len(last)
+        mean = statistics.fmean(sign * metrics[name] for metrics in last) if last else -math.inf
+        over = excess(member, _mean(last), target) if last else math.inf
+        scores.append((gone, over > SLACK, -mean, number))
+    return int(min(scores)[-1])
+
+
+def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.fmean(each[key] for each in metrics) for key in metrics[0]}
+
+
+# The plan: which runs, in which order -------------------------------------------------------------
+
+
+def _begin(one: OpenMember, asked: Asked, densities: list[float], stack: ExitStack) -> Confirmation:
+    """Opens the member's confirmation, or creates it. ValueError where it cannot be as is asked."""
+    member, record = one.member, one.journal.record
+    folder = folder_of(one.folder, asked.multiplier)
+    if journal.exists(folder):
+        header = journal.header(folder)["confirm"]
+        _check_same(one, header, asked, folder)
+        writer = Journal.open(folder)
+    else:
+        top, num = asked.top or 3, asked.seeds or 5
+        first = FIRST_SEED if abs(member.settings.seed - FIRST_SEED) > num else FIRST_SEED + 1000
+        served = targets(member, densities)
+        found = {str(t): [c.number for c in candidates(member, record, top, t)] for t in served}
+        own = {
+            "seeds": list(range(first, first + num)),
+            "top": top,
+            "full": asked.full is not False,
+            "multiplier": asked.multiplier,
+            "trials": len(record.trials),
+            "candidates": {target: numbers for target, numbers in found.items() if numbers},
+        }
+        kept = ("sweep_id", "order", "members", "data", "code", "member")
+        header = {key: record.header[key] for key in kept if key in record.header}
+        header |= {"command": "confirm", "trials": 0, "versions": versions(), "confirm": own}
+        writer = Journal.create(folder, header)
+    stack.callback(writer.close)
+    writer.guard = one.journal.guard
+    had = {seed_of(trial) for trial in writer.record.trials.values()}
+    had |= set(writer.record.header["confirm"]["seeds"])
+    return Confirmation(
+        one,
+        OpenMember(_runs_member(one, asked.multiplier), writer),
+        max(asked.seeds or 0, len(had)),
+    )
+
+
+def _check_same(one: OpenMember, header: dict[str, Any], asked: Asked, folder: Path) -> None:
+    if header["trials"] != len(one.journal.record.trials):
+        raise ValueError(
+            f"confirm: {one.member.name} was confirmed after {header['trials']} trials and has "
+            f"{len(one.journal.record.trials)} now; the test images were read for the best of the "
+            f"first ones. To confirm anew, move {folder} away and say so in your report"
+        )
+    for key in ("top", "full"):
+        wanted = getattr(asked, key)
+        if wanted is not None and wanted != header[key]:
+            raise ValueError(
+                f"{key}: {one.member.name} is being confirmed with {key}={header[key]}; leave it "
+                f"out to go on, or move {folder} away to begin anew"
+            )
+
+
+def _runs_member(one: OpenMember, multiplier: int) -> Member:
+    """The member as its runs see it: nothing is bounded or decided by their values.
+
+    With a multiplier they are as many times longer. Schedules are shares of training and stretch
+    with it; the interval of topology updates stays, as in RigL's tables of longer training.
+    """
+    settings = replaced(
+        one.member.settings,
+        {
+            "epochs": one.member.settings.epochs * multiplier,
+            "scheduler.name": "none",
+            "objective": "train/loss",  # without images held out there is no other
+        },
+    )
+    settings.constraint.clear()
+    name = f"{one.member.name}/{folder_of(Path(), multiplier).name}"
+    return dataclasses.replace(one.member, name=name, settings=settings)
+
+
+def _wanted(one: Confirmation) -> list[StartPoint]:
+    """The runs that are there, and after them those that are missing, as far as is known yet."""
+    record, asked = one.runs.journal.record, one.header
+    begun = [
+        StartPoint(trial.origin.removeprefix("start:"), trial.params, trial.fixed, in_study=False)
+        for trial in record.trials.values()
+    ]
+    first = asked["seeds"][0]
+    seeds, candidates = range(first, first + one.seeds), asked["candidates"]
+    winners = _winners(one)
+    wanted: list[StartPoint] = []
+    ranked = [
+        number
+        for numbers in candidates.values()
+        for number in numbers
+        if len(numbers) > 1 or not asked["full"]
+    ]
+    for seed in seeds:  # seeds outside, since runs of one seed share their batches
+        for number in dict.fromkeys(ranked):
+            if seed in asked["seeds"] or (not asked["full"] and number in winners):
+                wanted.append(_run(one, "rank", number, seed))
+    if None not in winners:
+        searched = one.search.journal.record.trials.values()
+        paper = [t for t in searched if t.origin == "start:paper" and t.number not in winners]
+        for seed in seeds:
+            finals = sorted({int(number) for number in winners if number is not None})
+            wanted += [_run(one, "final", number, seed) for number in finals if asked["full"]]
+            wanted += [_run(one, "paper", trial.number, seed) for trial in paper]
+    return begun + [point for point in wanted if point not in begun]
+
+
+def _target(key: str) -> float | None:
+    return None if key == "None" else float(key)
+
+
+def _run(one: Confirmation, name: str, number: int, seed: int) -> StartPoint:
+    trial = one.search.journal.record.trials[number]
+    fixed = trial.fixed | {"seed": seed, "order_seed": seed}
+    if name != "rank" and one.header["full"]:
+        fixed["data.validation"] = 0.0
+    return StartPoint(f"{name} {number}", trial.params, fixed, in_study=False)
+
+
+# Running it ---------------------------------------------------------------------------------------
+
+
+class _Recording(Recording):
+    """Confirmation runs in W&B: one per seed, with the test accuracy in its summary."""
+
+    def __init__(self, confirmations: list[Confirmation], sweep: str) -> None:
+        self._confirmations = {one.runs.member.name: one for one in confirmations}
+        first = confirmations[0]
+        runs = [one.runs for one in confirmations]
+        super().__init__(runs, sweep, wandb_folder(first.search))
+
+    def about(self, one: OpenMember, trial: Trial) -> tuple[str, str] | None:
+        confirmation = self._confirmations[one.member.name]
+        name, number = role(trial)
+        group = called(confirmation.search.member.name, confirmation.header["multiplier"])
+        if name == "paper":
+            return f"{group} paper", "confirm"
+        if name == "rank" and not confirmation.header["full"]:
+            winners = _winners(confirmation)
+            if None in winners:
+                return None  # whether it serves as a final run is not known before
+            return group, "confirm" if number in winners else "rank"
+        return group, "confirm" if name == "final" else "rank"
+
+    def complete(self, trial: Trial) -> bool:
+        tested = trial.test is not None or trial.status != "finished"
+        return tested or not any(trial in _tested(one) for one in self._confirmations.values())
+
+
+def _winners(one: Confirmation) -> set[int | None]:
+    record = one.runs.journal.record
+    return {winner(one.search.member, record, _target(key)) for key in one.header["candidates"]}
+
+
+def _tested(one: Confirmation) -> list[Trial]:
+    """The finished runs whose test accuracy is to be read."""
+    winners, serves = _winners(one), "final" if one.header["full"] else "rank"
+    return [
+        trial
+        for trial in one.runs.journal.record.trials.values()
+        if trial.status == "finished"
+        and (role(trial)[0] == "paper" or (role(trial)[0] == serves and role(trial)[1] in winners))
+    ]
+
+
+@contextmanager
+def begun(
+    storage: Path, name: str, asked: Asked, wanted: Extension
+) -> Iterator[list[Confirmation]]:
+    """The confirmations of a finished sweep, or of one member, ours to write until the end.
+
+    `wanted`: where runs are trained, for this time alone, and whether failed ones are tried again.
+    ValueError for what cannot be confirmed, or not as is asked.
+    """
+    with ExitStack() as stack:
+        here = dataclasses.replace(wanted, retry_failed=False)
+        members = stack.enter_context(opened(storage, name, here))
+        for one in members:
+            _check(one)
+        densities = [one.member.density for one in members if one.member.density is not None]
+        confirmations = [_begin(one, asked, densities, stack) for one in members]
+        if not any(one.header["candidates"] for one in confirmations):
+            names = ", ".join(one.search.member.name for one in confirmations)
+            raise ValueError(
+                f"confirm: {names}: no trial of the search was trained to the end within its bounds"
+            )
+        for each in confirmations if wanted.retry_failed else ():
+            _retry(each.runs.journal)
+        yield confirmations
+
+
+def _check(one: OpenMember) -> None:
+    record, member = one.journal.record, one.member
+    if record.header["command"] != "sweep":
+        raise ValueError(f"confirm: '{member.name}' is no search; confirm a sweep")
+    if not is_done(record):
+        ended = sum(trial.status != "running" for trial in record.trials.values())
+        raise ValueError(
+            f"confirm: {member.name} has {ended} of {record.asked} trials; finish the search by: "
+            f"{resume_command(one.folder.parent)}"
+        )
+    accuracy_name(member)
+
+
+def _retry(writer: Journal) -> None:
+    """Opens failed runs again; not rankings that a winner was chosen by already."""
+    trials = list(writer.record.trials.values())
+    chosen = any(role(trial)[0] == "final" for trial in trials)
+    for trial in trials:
+        if trial.status == "failed" and not (chosen and role(trial)[0] == "rank"):
+            writer.append({"type": "retry", "number": trial.number})
+
+
+def run(confirmations: list[Confirmation]) -> int:
+    """Trains the runs that are missing and reads what is to be tested.
+
+    Exit status: 0 done, 1 runs failed, 130 interrupted. ClusterError as in `sweep.run`.
+    """
+    able = [one for one in confirmations if one.header["candidates"]]
+    folder = able[0].search.folder.parent
+    settings = able[0].search.member.settings
+    check_cluster(settings.ray, folder)
+    note_driver([one.runs for one in able])
+    recording = _Recording(able, folder.name)
+    shown = {one.runs.member.name: (None, one.runs.journal.record) for one in able}
+    with Progress(shown) as bar:
+        watch = Watch(recording.send, bar)
+        for one in able:
+            one.runs.journal.trouble = watch.trouble
+        # First the rankings, then the winners, whom nobody knows before.
+        while watch.leaving_since is None and (due := [one for one in able if _extend(one)]):
+            searches = []
+            for one in due:
+                points = _wanted(one)
+                searched = search_member(one.runs, NO_STOPPING)
+                searches.append(dataclasses.replace(searched, start_points=points))
+            tune([one.runs for one in due], searches, NO_STOPPING, watch)
+        for one in able if watch.leaving_since is None else ():
+            read_tests(one, watch)
+    recording.send(last=True)
+    upload = recording.tracker.close()
+    for problem in recording.tracker.problems:
+        print(problem, file=sys.stderr)
+    return _close(folder, confirmations, upload, watch.leaving_since is not None)
+
+
+def command(confirmations: list[Confirmation]) -> str:
+    """What to type to go on."""
+    first = confirmations[0]
+    words = command_for(first.search.folder.parent, first.header["multiplier"])
+    if len(confirmations) < len(first.search.journal.record.header["members"]):
+        words = words.replace(first.search.folder.parent.name, first.search.member.name, 1)
+    return words
+
+
+def _extend(one: Confirmation) -> bool:
+    """Has the confirmation runs to train? Those that are known by now are asked for."""
+    record, num = one.runs.journal.record, len(_wanted(one))
+    if num > record.asked:
+        one.runs.journal.append({"type": "extend", "trials": num})
+    return not is_done(record)
+
+
+def read_tests(one: Confirmation, watch: Watch) -> None:
+    """Reads the test accuracy of each run that is due for it: once, says the journal."""
+    for trial in _tested(one):
+        if trial.test is not None or watch.leaving_since is not None:
+            continue
+        settings = one.runs.member.trial_settings(trial.params, trial.fixed)
+        folder = trial_folder(one.runs.folder, trial.number)
+        setup = setup_of(settings, one.search.member.settings.device)
+        state, _ = insist(lambda: checkpoint.restore(setup, folder), watch.trouble)  # noqa: B023
+        if state.epoch != settings.epochs:
+            raise ValueError(
+                f"{folder}: the checkpoint of epoch {settings.epochs} is missing; restore it from "
+                f"a copy, or move {one.runs.folder} away and confirm anew"
+            )
+        loss, accuracy = trainer.evaluate(setup, state, data.load_test(settings.data))
+        metrics = {"test/accuracy": accuracy, "test/loss": loss}
+        one.runs.journal.append({"type": "test", "number": trial.number, "metrics": metrics})
+        watch.tick()
+
+
+def _close(folder: Path, confirmations: list[Confirmation], upload: str | None, left: bool) -> int:
+    failed = False
+    for one in confirmations:
+        record, name = one.runs.journal.record, one.search.member.name
+        if not one.header["candidates"]:
+            print(f"{name}: infeasible, no finished trial within its bounds; not confirmed")
+        for trial in record.trials.values():
+            if trial.status == "failed":
+                failed = True
+                print(f"failed: {one.runs.member.name} trial {trial.number}: {trial.error}")
+    if upload:
+        print(f"W&B records are offline; upload them by: {upload}")
+    if left:
+        print(f"Interrupted. Go on by: {command(confirmations)}")
+        return 130
+    if failed:
+        print(f"Try failed runs again by: {command(confirmations)} --retry-failed")
+    print(f"Compare by: {resume_command(folder).replace('resume', 'compare', 1)}")
+    return 1 if failed else 0

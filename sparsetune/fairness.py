@@ -1,0 +1,396 @@
+"""The rules of a fair comparison, each checked by machine.
+
+The rule to know: a rule holds, is broken, or does not apply, and says by what figure; where one is
+broken, it also says what mends it, and 1-4 and 8-12 forbid a ranking then. Sources: 1, 2 AlgoPerf
+(Dahl et al. 2023, arXiv:2306.07179); 3 Dodge et al. 2019, arXiv:1909.03004; 4, 13 Bouthillier et
+al. 2021, arXiv:2103.03098; 5 Agarwal et al. 2021, arXiv:2108.13264; 6, 7 Blalock et al. 2020,
+arXiv:2003.03033; 8 Sundar and Dwaraknath 2021, arXiv:2109.12508; 9 Dettmers and Zettlemoyer 2019,
+arXiv:1907.04840, whose figure moves by 4 points with the layers that are left dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparsetune.comparison import Cell, Rule
+from sparsetune.confirm import DENSITY, SLACK, accuracy_name, role
+from sparsetune.member import Member, Scheduling
+from sparsetune.search import journal
+from sparsetune.settings import to_dict
+
+SPREAD = 0.25  # of epochs spent in searching, the most over the fewest, less one
+FLOOR, WANTED = 3, 5  # confirmation seeds
+SMALL_DENSE = 0.1  # a dense network of whole neurons cannot meet every number of weights
+CONTROLS = ("dense", "small_dense", "static", "gmp")
+State = Literal["holds", "broken", "does not apply"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell and what it was made from."""
+
+    cell: Cell
+    member: Member
+    record: journal.Member  # of the search
+    runs: journal.Member | None  # of the confirmation
+    scheduling: Scheduling
+    served: int  # densities that the search serves
+
+    @property
+    def newest(self) -> float:
+        """When its last run or trial ended."""
+        records = [self.record, *([self.runs] if self.runs else [])]
+        return max((t.ended or 0.0 for each in records for t in each.trials.values()), default=0.0)
+
+
+class _Found(Exception):
+    """A rule is broken: the figure, and what mends it."""
+
+    def __init__(self, figure: str, mend: str) -> None:
+        self.figure, self.mend = figure, mend
+        super().__init__(figure)
+
+
+def rules(entries: list[Entry], levels: dict[str, list[str]], match: str) -> list[Rule]:
+    """All sixteen, in their order."""
+    confirmed = [e for e in entries if e.cell.state == "confirmed"]
+    checks: list[tuple[str, bool, Callable[[], str]]] = [
+        ("equal tuning budgets, one policy", True, lambda: _budgets(entries)),
+        ("selection on validation, the test set read once", True, lambda: _selection(entries)),
+        ("winners trained again on fresh seeds", True, lambda: _fresh(entries)),
+        ("at least 5 seeds (3 is the floor)", True, lambda: _seeds(confirmed)),
+        ("intervals, not points", False, lambda: _intervals(confirmed)),
+        ("several densities, with controls", False, lambda: _controls(entries)),
+        ("nonzero parameters and FLOPs", False, lambda: _costs(confirmed)),
+        ("matched by one quantity, one initial distribution", True,
+         lambda: _matched(entries, levels, match)),
+        ("same network, data, epochs and dense layers", True, lambda: _same(entries)),
+        ("realised density, measured at the end", True, lambda: _realised(confirmed)),
+        ("no early-stopped run among the results", True, lambda: _stopped(entries)),
+        ("failed, diverged and killed runs counted", True, lambda: _lost(entries)),
+        ("paired by seed, Holm's correction", False, lambda: _paired(confirmed)),
+        ("spaces, costs, versions, commands are given", False, lambda: _reported(entries)),
+        ("emergent density: at the density reached", False, lambda: _emergent(entries)),
+        ("methods that need dense gradients are marked", False, lambda: _gradients(entries)),
+    ]  # fmt: skip
+    found = []
+    for number, (title, forbids, check) in enumerate(checks, start=1):
+        state: State = "holds"
+        mend = ""
+        try:
+            figure = check()
+            if not figure:
+                state, figure = "does not apply", "nothing to check"
+        except _Found as error:
+            state, figure, mend = "broken", error.figure, error.mend
+        found.append(Rule(number, title, state, figure, mend, forbids))
+    return found
+
+
+# What each finds: a figure; "" where it does not apply; _Found where it is broken -----------------
+
+
+def _budgets(entries: list[Entry]) -> str:
+    for what, of, mend in (
+        ("trials per member and density", lambda e: e.cell.tuning.asked,
+         f"give all the same: {_command(entries, 'resume')} trials=N"),
+        ("maximum epochs", lambda e: e.member.settings.epochs, _together(entries)),
+        ("scheduler", lambda e: _scheduler(e.scheduling), _together(entries)),
+        ("sampler", lambda e: _sampler(e.member), _together(entries)),
+        ("seed of the search", lambda e: e.member.settings.seed, _together(entries)),
+        ("start points tried first", _start, "start all warm or none: leave warm_start out, or "
+         "give it for all members"),
+        ("ranges of what is searched for all", _shared, "search the same for all members: "
+         "search_spaces/base.yaml has it"),
+    ):  # fmt: skip
+        _equal(entries, what, of, mend)
+    spent = {e.cell.name: e.cell.tuning.epochs for e in entries}
+    fewest, most = min(spent.values()), max(spent.values())
+    spread = most / fewest - 1 if fewest else float("inf")
+    tuning = entries[0].cell.tuning
+    figure = (
+        f"{tuning.asked} trials each, up to {entries[0].member.settings.epochs} epochs; epochs "
+        f"spent {fewest} to {most} (spread {spread:.0%})"
+    )
+    if spread > SPREAD:
+        raise _Found(
+            f"{figure}: {_key(spent, most)} has spent more than {_key(spent, fewest)}",
+            "search all without early stopping: scheduler.name=none",
+        )
+    return figure
+
+
+def _selection(entries: list[Entry]) -> str:
+    for entry in entries:
+        try:
+            accuracy_name(entry.member)
+        except ValueError as error:
+            raise _Found(str(error), "search it by objective=val/accuracy") from None
+        if entry.member.settings.data.validation == 0:
+            raise _Found(
+                f"{entry.cell.name}: no images were held out to select by",
+                "search it with data.validation=0.1",
+            )
+        if entry.runs is None:
+            continue
+        tested = {role(t) for t in entry.runs.trials.values() if t.test is not None}
+        chosen = {number for name, number in tested if name != "paper"}
+        if len(chosen) > len(entry.runs.header["confirm"]["candidates"]):
+            raise _Found(
+                f"{entry.cell.name}: the test set was read for {len(chosen)} settings",
+                "confirm it anew under another name, and report both",
+            )
+    held_out = sorted({entry.member.settings.data.validation for entry in entries})
+    return f"{' or '.join(f'{share:.0%}' for share in held_out)} held out; one setting each tested"
+
+
+def _fresh(entries: list[Entry]) -> str:
+    for entry in entries:
+        cell = entry.cell
+        if not _selects(entry.member):
+            continue  # rule 2 says so
+        if cell.state in ("unconfirmed", "unfinished"):
+            raise _Found(f"{cell.name}: {cell.note}", _mend_state(entry))
+        if cell.chosen and entry.member.settings.seed in cell.chosen.seeds:
+            raise _Found(
+                f"{cell.name}: seed {entry.member.settings.seed} is that of its search",
+                _command([entry], "confirm"),
+            )
+    num = sum(entry.cell.state == "confirmed" for entry in entries)
+    return f"{num} of {len(entries)} confirmed, {len(entries) - num} infeasible" if num else ""
+
+
+def _selects(member: Member) -> bool:
+    return any(name.startswith("val/") for name in member.objectives)
+
+
+def _mend_state(entry: Entry) -> str:
+    searching = len(entry.record.trials) < entry.record.asked or any(
+        trial.status == "running" for trial in entry.record.trials.values()
+    )
+    return _command([entry], "resume" if searching else "confirm")
+
+
+def _seeds(confirmed: list[Entry]) -> str:
+    numbers = {e.cell.name: len(set(e.cell.chosen.seeds)) for e in confirmed if e.cell.chosen}
+    if not numbers:
+        return ""
+    fewest = min(numbers.values())
+    if fewest < FLOOR:
+        raise _Found(
+            f"{_key(numbers, fewest)} has {fewest}",
+            f"{_command(confirmed, 'confirm')} seeds={WANTED}",
+        )
+    return f"{fewest} seeds" + (
+        "" if fewest >= WANTED else f", below {WANTED}: {FLOOR} is the floor"
+    )
+
+
+def _intervals(confirmed: list[Entry]) -> str:
+    if not confirmed:
+        return ""
+    if missing := [e.cell.name for e in confirmed if e.cell.mean is None]:
+        raise _Found(f"{missing[0]} has fewer than 2 accuracies", _command(confirmed, "confirm"))
+    return "95 % intervals of mean, interquartile mean and probability of improvement"
+
+
+def _controls(entries: list[Entry]) -> str:
+    densities = {entry.cell.density for entry in entries} - {None}
+    spaces = {entry.member.space.name for entry in entries}
+    missing = [name for name in CONTROLS if name not in spaces]
+    if len(densities) < 2 or missing:
+        lacking = f"; no {', '.join(missing)}" if missing else ""
+        raise _Found(
+            f"{len(densities)} densities{lacking}",
+            "name members at several densities, and the controls dense, small_dense, static, gmp",
+        )
+    return f"{len(densities)} densities; {', '.join(CONTROLS)}"
+
+
+def _costs(confirmed: list[Entry]) -> str:
+    lines = [(entry.cell.name, entry.cell.chosen) for entry in confirmed]
+    if missing := [name for name, line in lines if line and line.flops_inference is None]:
+        raise _Found(f"not known for {missing[0]}", "compare where the data set is")
+    return "a multiply-add counts 2; a layer counts its density" if lines else ""
+
+
+def _matched(entries: list[Entry], levels: dict[str, list[str]], match: str) -> str:
+    masked = [e for e in entries if e.member.method.reaches_density and e.cell.density is not None]
+
+    def distribution(entry: Entry) -> str:
+        return entry.member.settings.distribution
+
+    _equal(masked, "initial distribution over layers", distribution,
+           "search all with one, distribution=uniform or distribution=erk")  # fmt: skip
+    if not levels:
+        return ""
+    what = "density" if match == "density" else "FLOPs of inference, within 10 %"
+    names = {distribution(entry) for entry in masked}
+    return f"by {what}" + (f"; {names.pop()} in all" if names else "")
+
+
+def _same(entries: list[Entry]) -> str:
+    _equal(entries, "data", lambda e: e.record.header["data"][:12], "search all on one data set")
+    for what, of in (
+        ("network", lambda s: {**s["model"], "match_density": 0}),
+        ("preparation of the data", lambda s: {
+            key: s["data"][key] for key in ("validation", "augment", "normalize")}),
+        ("epochs", lambda s: s["epochs"]),
+        ("layers left dense", lambda s: s["dense_layers"]),
+        ("batches and precision", lambda s: s["train"]),
+        ("optimizer", lambda s: {k: s["optimizer"][k] for k in ("name", "nesterov", "momentum")}),
+        ("learning-rate schedule", lambda s: s["schedule"]),
+    ):  # fmt: skip
+        _equal(entries, what, lambda e, of=of: of(to_dict(e.member.settings)), _together(entries))
+    settings = entries[0].member.settings
+    left = ", ".join(settings.dense_layers) or "no layer"
+    return f"{settings.model.name}, {settings.epochs} epochs, {left} left dense"
+
+
+def _realised(confirmed: list[Entry]) -> str:
+    _equal(confirmed, "what density is a share of", lambda e: e.member.settings.density_over,
+           "search all with density_over=all")  # fmt: skip
+    off = {}
+    for entry in confirmed:
+        cell = entry.cell
+        if (
+            cell.chosen
+            and cell.chosen.density
+            and cell.density
+            and not entry.member.method.emergent
+        ):
+            off[cell.name] = cell.chosen.density / cell.density - 1
+            slack = SMALL_DENSE if entry.member.settings.model.match_density else SLACK
+            if abs(off[cell.name]) > slack:
+                raise _Found(
+                    f"{cell.name} has {cell.chosen.density:.4f} of all weights, "
+                    f"{off[cell.name]:+.1%} off",
+                    "leave it out, or search it at a density it can hold",
+                )
+    if not off:
+        return ""
+    worst = max(off, key=lambda name: abs(off[name]))
+    return f"at most {abs(off[worst]):.1%} off ({worst}); over all weights, and per layer"
+
+
+def _stopped(entries: list[Entry]) -> str:
+    lines = [(e.cell.name, e.cell.chosen) for e in entries if e.cell.chosen]
+    for name, line in lines:
+        if line and "stopped" in line.statuses:
+            raise _Found(
+                f"{name}: {line.statuses.count('stopped')} runs were stopped early",
+                "confirm it anew under another name",
+            )
+    return f"none of {sum(len(x.seeds) for _, x in lines if x)} runs" if lines else ""
+
+
+def _lost(entries: list[Entry]) -> str:
+    counts = dict.fromkeys(("stopped", "diverged", "failed"), 0)
+    for entry in entries:
+        for status in counts:
+            counts[status] += entry.cell.tuning.trials[status]
+        line = entry.cell.chosen
+        for status in ("failed", "diverged"):
+            if line and (num := line.statuses.count(status)):
+                again = f"{_command([entry], 'confirm')} --retry-failed"
+                raise _Found(
+                    f"{entry.cell.name}: {num} of {len(line.seeds)} runs {status}, and a mean "
+                    "over the others would flatter it",
+                    again if status == "failed" else "compare the others by naming their members",
+                )
+    listed = ", ".join(f"{num} {status}" for status, num in counts.items())
+    return f"in the searches {listed}; in the results none"
+
+
+def _paired(confirmed: list[Entry]) -> str:
+    seeds = {e.cell.name: tuple(e.cell.chosen.seeds) for e in confirmed if e.cell.chosen}
+    if len(seeds) < 2:
+        return ""
+    if len(set(seeds.values())) > 1:
+        raise _Found(
+            "seeds differ: " + "; ".join(f"{k} {min(v)}-{max(v)}" for k, v in seeds.items()),
+            f"{_command(confirmed, 'confirm')} seeds={max(map(len, seeds.values()))}",
+        )
+    num = len(next(iter(seeds.values())))
+    return f"{num} seeds in all" + ("" if num >= 6 else "; below 6 intervals only, no tests")
+
+
+def _reported(entries: list[Entry]) -> str:
+    def versions(entry: Entry) -> dict[str, str]:
+        found: dict[str, str] = entry.record.header.get("versions", {})
+        return {name: found.get(name, "?") for name in ("sparsetune", "torch")}
+
+    _equal(entries, "versions", versions, "search all with one version")
+    return ", ".join(f"{name} {version}" for name, version in versions(entries[0]).items())
+
+
+def _emergent(entries: list[Entry]) -> str:
+    emergent = [entry for entry in entries if entry.member.method.emergent]
+    for entry in emergent:
+        if entry.cell.density is None and DENSITY not in entry.member.settings.constraint:
+            raise _Found(
+                f"{entry.cell.name} was searched by accuracy alone",
+                "give density=D, or objective=[val/accuracy,density/all]",
+            )
+    if not emergent:
+        return ""
+    over = sum(entry.cell.state == "infeasible" for entry in emergent)
+    return f"{len(emergent)} searched under a bound, {over} of them infeasible"
+
+
+def _gradients(entries: list[Entry]) -> str:
+    need = {e.cell.space: e.cell.dense_gradient for e in entries if e.cell.method != "dense"}
+    need = {space: kind for space, kind in need.items() if kind != "never"}
+    return ", ".join(f"{space} {kind.replace('_', ' ')}" for space, kind in need.items())
+
+
+# Helpers ------------------------------------------------------------------------------------------
+
+
+def _equal(entries: Iterable[Entry], what: str, of: Callable[[Entry], Any], mend: str) -> None:
+    """_Found unless all have the same."""
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        groups.setdefault(json.dumps(of(entry), sort_keys=True), []).append(entry.cell.name)
+    if len(groups) > 1:
+        (one, first), (other, second) = list(groups.items())[:2]
+        raise _Found(f"{what}: {one} in {first[0]}, {other} in {second[0]}", mend)
+
+
+def _key(values: dict[str, Any], value: Any) -> str:
+    return next(key for key, each in values.items() if each == value)
+
+
+def _scheduler(scheduling: Scheduling) -> list[Any]:
+    own = [scheduling.grace, scheduling.reduction] if scheduling.name == "asha" else []
+    return [scheduling.name, *own]
+
+
+def _sampler(member: Member) -> dict[str, Any]:
+    return dataclasses.asdict(member.settings.sampler)
+
+
+def _start(entry: Entry) -> list[bool]:
+    """Were the space's own points tried, and points from other sweeps?"""
+    points = entry.member.space.start
+    warm = [name for name in points if name.startswith("warm-")]
+    return [len(points) > len(warm), bool(warm)]
+
+
+def _shared(entry: Entry) -> dict[str, Any]:
+    own = ("hp.", "variant.", "update.", "density")
+    searched = entry.member.space.search.items()
+    return {key: dimension.to_dict() for key, dimension in searched if not key.startswith(own)}
+
+
+def _command(entries: list[Entry], verb: str) -> str:
+    return f"sparsetune {verb} {entries[0].cell.sweep}"
+
+
+def _together(entries: list[Entry]) -> str:
+    spaces = " ".join(dict.fromkeys(entry.member.space.name for entry in entries))
+    return f"search them in one sweep: sparsetune sweep {spaces} density=... name=..."
