@@ -205,9 +205,10 @@ def confirm(words: tuple[str, ...], retry_failed: bool) -> None:
     """Train the best of a finished search on fresh seeds, and read the winner's test accuracy.
 
     \b
-    sparsetune confirm NAME [seeds=5] [top=3] [full=true] [multiplier=1] [--retry-failed]
+    sparsetune confirm NAME [seeds=5] [top=3] [full=true] [multiplier=1] [density=0.02,0.05]
     top: trials that are ranked again on validation. full: the winner is trained once more per seed,
-    on training and validation data. multiplier=2: twice the epochs, schedules stretched.
+    on training and validation data. multiplier=2: twice the epochs, schedules stretched. density:
+    where on a front of accuracy and density, if one was searched, the method is to be compared.
     Where runs are trained may change as with resume. Called again it goes on; more seeds are added.
     """
     from sparsetune import changes

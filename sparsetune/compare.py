@@ -26,7 +26,6 @@ from sparsetune.confirm import (
     folder_of,
     role,
     seed_of,
-    targets,
     winner,
 )
 from sparsetune.fairness import Entry, rules
@@ -109,19 +108,19 @@ def _entries(storage: Path, name: str) -> list[Entry]:
         for folder in member_folders(storage, name.partition("/")[0])
     ]
     scheduling = Sweep("", Path(), everybody).scheduling
-    densities = [each.density for each in everybody if each.density is not None]
     entries = []
     for folder, record, member in zip(folders, records, members, strict=True):
-        served = targets(member, densities)
         multipliers = [1, *_multipliers(folder)]
-        for multiplier, target in itertools.product(multipliers, served):
+        for multiplier in multipliers:
             runs_folder = folder_of(folder, multiplier)
             runs = journal.load(runs_folder) if journal.exists(runs_folder) else None
             if multiplier == 1 and runs is None and len(multipliers) > 1:
                 continue
-            cell = _cell(folder, member, record, runs, target, multiplier)
-            cell = replace(cell, tuning=_tuning(member, record, len(served)))
-            entries.append(Entry(cell, member, record, runs, scheduling, len(served)))
+            served = runs.header["confirm"]["densities"] if runs else [member.density]
+            for target in served:
+                cell = _cell(folder, member, record, runs, target, multiplier)
+                cell = replace(cell, tuning=_tuning(member, record, len(served)))
+                entries.append(Entry(cell, member, record, runs, scheduling))
     return entries
 
 
@@ -163,8 +162,8 @@ def _cell(
     values = [value for value in chosen.test if value is not None] if chosen else []
     papers = [value for value in paper.test if value is not None] if paper else []
     name = called(member.name, multiplier)
-    if len(runs.header["confirm"]["candidates"]) > 1 if runs else False:
-        name += f" to {target:g}"
+    if target is not None and member.density is None:
+        name += f"@{target:g}"
     return Cell(
         name=name,
         space=called(member.space.name, multiplier),

@@ -52,7 +52,7 @@ from sparsetune.watch import Watch
 
 FIRST_SEED = 1001
 LEAST = {"seeds": 2, "top": 1, "multiplier": 1}
-KEYS = (*LEAST, "full")
+KEYS = (*LEAST, "full", "density")
 SLACK = 0.05  # how far, relatively, a density that emerges may be above the one asked for
 NO_STOPPING = Scheduling("none", 1, 2.0, "confirmation stops no run early")
 DENSITY = "density/all"
@@ -66,6 +66,7 @@ class Asked:
     top: int | None = None
     full: bool | None = None
     multiplier: int = 1
+    density: tuple[float, ...] = ()  # that a search for a front of densities is to stand at
 
 
 def parse(words: Iterable[str]) -> Asked:
@@ -77,6 +78,11 @@ def parse(words: Iterable[str]) -> Asked:
             if value.lower() not in ("true", "false"):
                 raise ValueError(f"full: '{value}' is neither true nor false")
             given[key] = value.lower() == "true"
+        elif key == "density":
+            try:
+                given[key] = tuple(sorted({float(each) for each in value.split(",")}))
+            except ValueError:
+                raise ValueError(f"density: '{value}' is no list such as 0.02,0.05") from None
         elif not value.isdecimal() or int(value) < LEAST[key]:
             raise ValueError(f"{key}: '{value}' is no whole number of {LEAST[key]} or more")
         else:
@@ -139,18 +145,15 @@ def accuracy_name(member: Member) -> tuple[str, int]:
     return name, 1 if direction == "maximize" else -1
 
 
-def targets(member: Member, densities: Iterable[float]) -> list[float | None]:
-    """The densities that a search serves: its own, or, where the density is an objective of it,
-    those of the other members of the sweep."""
-    if DENSITY in member.objectives:
-        return [*sorted(set(densities))] or [None]
-    return [member.density]
+def is_front(member: Member) -> bool:
+    """Was a front of accuracy and density searched, so that it may serve several densities?"""
+    return DENSITY in member.objectives
 
 
 def excess(member: Member, metrics: dict[str, float], target: float | None) -> float:
     """How far bounds are passed, relatively; 0 where all are kept, infinite for a NaN."""
     bounds = dict(member.settings.constraint)
-    if DENSITY in member.objectives and target is not None:
+    if is_front(member) and target is not None:
         bounds[DENSITY] = target
     over = [0.0]
     for name, bound in bounds.items():
@@ -221,7 +224,7 @@ def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
 # The plan: which runs, in which order -------------------------------------------------------------
 
 
-def _begin(one: OpenMember, asked: Asked, densities: list[float], stack: ExitStack) -> Confirmation:
+def _begin(one: OpenMember, asked: Asked, stack: ExitStack) -> Confirmation:
     """Opens the member's confirmation, or creates it. ValueError where it cannot be as is asked."""
     member, record = one.member, one.journal.record
     folder = folder_of(one.folder, asked.multiplier)
@@ -232,7 +235,12 @@ def _begin(one: OpenMember, asked: Asked, densities: list[float], stack: ExitSta
     else:
         top, num = asked.top or 3, asked.seeds or 5
         first = FIRST_SEED if abs(member.settings.seed - FIRST_SEED) > num else FIRST_SEED + 1000
-        served = targets(member, densities)
+        served: list[float | None] = [*asked.density] if is_front(member) else [member.density]
+        if not served:
+            raise ValueError(
+                f"density: {member.name} was searched for a front of accuracy and density; say "
+                "where on it the method is to be compared, such as density=0.02,0.05"
+            )
         found = {str(t): [c.number for c in candidates(member, record, top, t)] for t in served}
         own = {
             "seeds": list(range(first, first + num)),
@@ -240,6 +248,7 @@ def _begin(one: OpenMember, asked: Asked, densities: list[float], stack: ExitSta
             "full": asked.full is not False,
             "multiplier": asked.multiplier,
             "trials": len(record.trials),
+            "densities": served,
             "candidates": {target: numbers for target, numbers in found.items() if numbers},
         }
         kept = ("sweep_id", "order", "members", "data", "code", "member")
@@ -271,6 +280,11 @@ def _check_same(one: OpenMember, header: dict[str, Any], asked: Asked, folder: P
                 f"{key}: {one.member.name} is being confirmed with {key}={header[key]}; leave it "
                 f"out to go on, or move {folder} away to begin anew"
             )
+    if is_front(one.member) and asked.density and [*asked.density] != header["densities"]:
+        raise ValueError(
+            f"density: {one.member.name} is being confirmed at {header['densities']}; leave it out "
+            f"to go on, or move {folder} away to begin anew"
+        )
 
 
 def _runs_member(one: OpenMember, multiplier: int) -> Member:
@@ -395,8 +409,7 @@ def begun(
         members = stack.enter_context(opened(storage, name, here))
         for one in members:
             _check(one)
-        densities = [one.member.density for one in members if one.member.density is not None]
-        confirmations = [_begin(one, asked, densities, stack) for one in members]
+        confirmations = [_begin(one, asked, stack) for one in members]
         if not any(one.header["candidates"] for one in confirmations):
             names = ", ".join(one.search.member.name for one in confirmations)
             raise ValueError(

@@ -38,7 +38,6 @@ class Entry:
     record: journal.Member  # of the search
     runs: journal.Member | None  # of the confirmation
     scheduling: Scheduling
-    served: int  # densities that the search serves
 
     @property
     def newest(self) -> float:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import platform
 import shutil
 import sys
 import uuid
@@ -19,6 +20,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sparsetune import changes, config
 from sparsetune.alone import epochs
@@ -70,6 +73,7 @@ def create(sweep: Sweep, command: str) -> Path:
         "argv": sys.argv[1:],
         "members": [member.name for member in sweep.members],
         "versions": versions(),
+        "hardware": hardware(),
     }
     headers = {}
     prints = changes.fingerprints(sweep.members)
@@ -228,6 +232,16 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def hardware() -> str:
+    """This machine's processor and GPUs, for readers."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), name)
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    return ", ".join([f"{os.cpu_count()} cores, {name}", *gpus])
 
 
 class Recording:
