@@ -381,7 +381,8 @@ def _start(entry: Entry) -> list[bool]:
 
 
 def _shared(entry: Entry) -> dict[str, Any]:
-    own = ("hp.", "variant.", "update.", "density")
+    # Sparse Momentum's rule reads the momentum, so it is one of that method's hyperparameters.
+    own = ("hp.", "variant.", "update.", "density", "optimizer.momentum")
     searched = entry.member.space.search.items()
     return {key: dimension.to_dict() for key, dimension in searched if not key.startswith(own)}
 

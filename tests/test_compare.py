@@ -45,7 +45,7 @@ def test_a_fair_comparison_ranks(fair: Path) -> None:
     found = compare(fair, ["fair"])
     assert broken(found) == set()
     assert [rule.number for rule in found.rules] == list(range(1, 17))
-    assert {rule.number for rule in found.rules if rule.state == "does not apply"} == {15}
+    assert found.rules[14].state == "does not apply"  # no emergent density
     assert found.ranking is not None
     # told_sweep.accuracy: SET has 0.02 more than static, the others 0.01
     assert list(found.ranking) == ["0.2", "0.5"]
@@ -166,7 +166,7 @@ def told_twice(path: Path) -> None:
     number = len(with_runs.record.trials)
     with_runs.append({"type": "extend", "trials": number + 1})
     event = {"type": "suggest", "number": number, "params": {}, "distributions": {}}
-    event |= {"origin": "start:final 3", "fixed": trial.fixed, "in_study": False}
+    event |= {"origin": "start:final 2", "fixed": trial.fixed, "in_study": False}
     with_runs.append(event)
     metrics = trial.reports[-1].metrics | {"epoch": 1.0}
     report = {"type": "report", "number": number, "epoch": 1, "metrics": metrics}
@@ -291,7 +291,7 @@ def dst(densities: dict[str, float]) -> Callable[[Member, Trial, str], Any]:
     ("search", "final", "state", "note"),
     [
         (0.15, 0.19, "confirmed", ""),
-        (0.205, 0.20, "confirmed", ""),  # within 5 % of the bound, where no trial keeps it
+        (0.185, 0.20, "confirmed", ""),  # trials 2, 3 end at .205, .215: within 5 % of the bound
         (0.25, 0.0, "infeasible", "lowest density 0.2500"),
         (0.15, 0.22, "infeasible", "10.0% above the density that was asked for"),
     ],
