@@ -1,7 +1,7 @@
 """Intervals and tests for a handful of accuracies; each function takes one value per seed.
 
 The rule to know: five to ten seeds are few, so an interval is used only if it was seen to cover its
-true value in 95 % of simulated draws at that size (tests/test_statistics.py). The percentile
+true value in 93-97 % of simulated draws at that size (tests/test_statistics.py). The percentile
 bootstrap of rliable (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264), whose interquartile
 mean and probability of improvement these are, is not used: at 5 seeds it covers 90 %.
 """
@@ -35,7 +35,7 @@ def iqm(values: Values) -> Interval:
 
     The interval of Tukey and McLaughlin (1963) in Yuen's form (1974,
     https://doi.org/10.1093/biomet/61.1.165): a t interval with the spread of the winsorized values
-    and as many degrees of freedom as values are kept, less one. It covers 94 % for 4 to 10 values.
+    and as many degrees of freedom as values are kept, less one. It covers 93-94 % for 4 to 10.
     """
     x = np.sort(_enough(values))
     n, cut = len(x), len(x) // 4
@@ -108,7 +108,7 @@ def best_of(values: Values) -> list[float]:
     best = []
     for k in range(1, n + 1):
         # The chance that the i-th smallest is the best of k is C(i-1, k-1) / C(n, k): k / n for
-        # i = n, and then each is (i - k) / (i - 1) of the one above. No binomial overflows.
+        # i = n, and that of i - 1 is (i - k) / (i - 1) of that of i. No binomial overflows.
         chance = k / n * np.cumprod(np.append(1.0, np.maximum(0, fewer + 1 - k) / fewer))
         best.append(float(chance @ x))
     return best
