@@ -202,9 +202,9 @@ def _state(
 ) -> tuple[State, str]:
     sweep = folder.parent
     if not is_done(record):
-        ended = sum(trial.status != "running" for trial in record.trials.values())
+        num = sum(trial.status != "running" for trial in record.trials.values())
         return "unfinished", (
-            f"{ended} of {record.asked} trials of its search have ended; finish it by: "
+            f"{num} of {record.asked} trials of its search have ended; finish it by: "
             f"{resume_command(sweep)}"
         )
     try:
@@ -335,26 +335,22 @@ def _tuning(member: Member, record: journal.Member, served: int) -> Tuning:
 
 def _costed(entry: Entry, known: dict[str, Any]) -> Cell:
     """The cell with parameters and FLOPs, of the network as a whole where it was made smaller."""
-    cell, settings = entry.cell, entry.member.settings
-    if cell.chosen is None:
-        return cell
-    lines = {}
-    for name in ("chosen", "paper"):
-        line: Line | None = getattr(cell, name)
-        if line is None:
-            continue
+    cell = entry.cell
+
+    def costed(line: Line | None) -> Line | None:
+        if line is None or not line.layers:
+            return line
         trial = entry.record.trials[line.trial]
         costs = _costs(entry.member.trial_settings(trial.params, trial.fixed), known)
         if costs is None:
-            return replace(
-                cell, note=cell.note or f"costs unknown: {settings.data.name} is not here"
-            )
-        parameters = sum(line.layers.get(k, 1.0) * size for k, size in costs.sizes.items())
-        flops = sum(line.layers.get(k, 1.0) * each for k, each in costs.flops.items())
+            return line
+        parameters = sum(line.layers[name] * size for name, size in costs.sizes.items())
+        flops = sum(line.layers.get(name, 1.0) * each for name, each in costs.flops.items())
         smaller = costs.whole != sum(costs.sizes.values())
-        density = parameters / costs.whole if smaller and line.density else line.density
-        lines[name] = replace(line, parameters=parameters, flops_inference=flops, density=density)
-    return replace(cell, **lines)
+        density = parameters / costs.whole if smaller else line.density
+        return replace(line, parameters=parameters, flops_inference=flops, density=density)
+
+    return replace(cell, chosen=costed(cell.chosen), paper=costed(cell.paper))
 
 
 def _costs(settings: TrialSettings, known: dict[str, Any]) -> _Costs | None:
@@ -388,7 +384,8 @@ def _levels(cells: list[Cell], match: Match) -> tuple[dict[str, list[str]], list
     by_density = {f"{d:g}": [c for c in cells if c.density == d] for d in densities}
     if match == "density":
         return {level: [c.name for c in at] for level, at in by_density.items()}, []
-    levels, notes = {}, []
+    levels: dict[str, list[str]] = {}
+    notes = []
     spaces = dict.fromkeys(cell.space for cell in cells if cell.density is not None)
     for level, at in by_density.items():
         known = [f for c in at if (f := _flops(c)) is not None]

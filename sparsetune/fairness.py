@@ -11,6 +11,7 @@ arXiv:1907.04840, whose figure moves by 4 points with the layers that are left d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def _fresh(entries: list[Entry]) -> str:
                 f"{cell.name}: seed {entry.member.settings.seed} is that of its search",
                 _command([entry], "confirm"),
             )
-    num = sum(entry.cell.state == "confirmed" for entry in entries)
+    num = len([entry for entry in entries if entry.cell.state == "confirmed"])
     return f"{num} of {len(entries)} confirmed, {len(entries) - num} infeasible" if num else ""
 
 
@@ -234,7 +235,7 @@ def _matched(entries: list[Entry], levels: dict[str, list[str]], match: str) -> 
 
 def _same(entries: list[Entry]) -> str:
     _equal(entries, "data", lambda e: e.record.header["data"][:12], "search all on one data set")
-    for what, of in (
+    parts: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
         ("network", lambda s: {**s["model"], "match_density": 0}),
         ("preparation of the data", lambda s: {
             key: s["data"][key] for key in ("validation", "augment", "normalize")}),
@@ -243,8 +244,10 @@ def _same(entries: list[Entry]) -> str:
         ("batches and precision", lambda s: s["train"]),
         ("optimizer", lambda s: {k: s["optimizer"][k] for k in ("name", "nesterov", "momentum")}),
         ("learning-rate schedule", lambda s: s["schedule"]),
-    ):  # fmt: skip
-        _equal(entries, what, lambda e, of=of: of(to_dict(e.member.settings)), _together(entries))
+    ]  # fmt: skip
+    for what, of in parts:
+        found = functools.partial(lambda of, e: of(to_dict(e.member.settings)), of)
+        _equal(entries, what, found, _together(entries))
     settings = entries[0].member.settings
     left = ", ".join(settings.dense_layers) or "no layer"
     return f"{settings.model.name}, {settings.epochs} epochs, {left} left dense"
@@ -284,7 +287,8 @@ def _stopped(entries: list[Entry]) -> str:
                 f"{name}: {line.statuses.count('stopped')} runs were stopped early",
                 "confirm it anew under another name",
             )
-    return f"none of {sum(len(x.seeds) for _, x in lines if x)} runs" if lines else ""
+    runs = [seed for _, line in lines if line for seed in line.seeds]
+    return f"none of {len(runs)} runs" if runs else ""
 
 
 def _lost(entries: list[Entry]) -> str:
@@ -294,7 +298,8 @@ def _lost(entries: list[Entry]) -> str:
             counts[status] += entry.cell.tuning.trials[status]
         line = entry.cell.chosen
         for status in ("failed", "diverged"):
-            if line and (num := line.statuses.count(status)):
+            num = line.statuses.count(status) if line else 0
+            if line and num:
                 again = f"{_command([entry], 'confirm')} --retry-failed"
                 raise _Found(
                     f"{entry.cell.name}: {num} of {len(line.seeds)} runs {status}, and a mean "

@@ -61,7 +61,7 @@ def improvement(a: Values, b: Values) -> Interval:
 
 def difference(a: Values, b: Values) -> Interval:
     """The mean of a - b, seed by seed, with Student's t interval."""
-    return mean(_paired(a, b))
+    return mean(_paired(a, b).tolist())
 
 
 def paired_p(a: Values, b: Values) -> float:
