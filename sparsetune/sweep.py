@@ -28,6 +28,7 @@ from sparsetune.alone import epochs
 from sparsetune.cluster import check_cluster, tune_all
 from sparsetune.data import Dataset
 from sparsetune.data import load as load_data
+from sparsetune.engine.pool import Choice, structure
 from sparsetune.files import S3Path, StorageAway, place
 from sparsetune.member import Member, Scheduling, Sweep, check_machine, engine_choice
 from sparsetune.nodes import needs, users_modules
@@ -350,16 +351,16 @@ def tune(
     members: list[OpenMember], searches: list[SearchMember], scheduling: Scheduling, watch: Watch
 ) -> None:
     """Trains, under Ray, what the members' journals lack of `searches`."""
+    choices = _choices(members, None)
+    for search, one, choice in zip(searches, members, choices, strict=True):
+        search.group = structure(one.member.trial_settings({}, {}), choice.name)
+
+    def slots(on_gpu: bool | None) -> int:
+        return _slots(members, choices if on_gpu is None else _choices(members, on_gpu))
+
     with _needs(members) as (needed, sent):
-        tune_all(
-            searches,
-            members[0].member.settings,
-            scheduling,
-            lambda on_gpu: _slots(members, on_gpu),
-            needed,
-            sent,
-            watch,
-        )
+        settings = members[0].member.settings
+        tune_all(searches, settings, scheduling, slots, needed, sent, watch)
 
 
 def wandb_folder(one: OpenMember) -> Path:
@@ -375,8 +376,8 @@ def wandb_folder(one: OpenMember) -> Path:
     return folder
 
 
-def _slots(members: list[OpenMember], on_gpu: bool | None) -> int:
-    """What an engine does well with; prints which engine each member has."""
+def _choices(members: list[OpenMember], on_gpu: bool | None) -> list[Choice]:
+    """Which engine each member has."""
     datasets: dict[str, Dataset] = {}  # most sweeps have one, and reading it takes a while
     choices = []
     for one in members:
@@ -384,6 +385,11 @@ def _slots(members: list[OpenMember], on_gpu: bool | None) -> int:
         if repr(settings) not in datasets:
             datasets[repr(settings)] = load_data(settings)
         choices.append(engine_choice(one.member, datasets[repr(settings)], on_gpu))
+    return choices
+
+
+def _slots(members: list[OpenMember], choices: list[Choice]) -> int:
+    """What an engine does well with; prints which engine each member has."""
     for choice in dict.fromkeys(choices):
         names = [o.member.name for o, c in zip(members, choices, strict=True) if c == choice]
         print(f"Engine for {', '.join(names)}: {choice.name} ({choice.reason}).", file=sys.stderr)

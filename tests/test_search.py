@@ -779,3 +779,12 @@ def test_ray_tune_ends_with_the_exception_of_any_hook(
     )
     with pytest.raises(Exception, match="in a hook"):
         run_tune(tmp_path / "ray", [member], 1)
+
+
+def test_members_that_can_share_a_pool_come_together(tmp_path: Path) -> None:
+    """Of 16 trials each, a quarter of a member's may be under way; then the next group begins."""
+    groups = {"a": "one", "b": "two", "c": "one"}
+    members = [member_at(tmp_path / "m" / n, trials=16, group=g) for n, g in groups.items()]
+    searcher = JournalSearcher(members, seed=5, engines={"engine-0": 12})
+    order = [searcher.suggest(f"t{number}")["trial"]["member"] for number in range(12)]
+    assert order == ["m/a", "m/c"] * 4 + ["m/b"] * 4

@@ -132,9 +132,7 @@ class JournalSearcher(Searcher):
             search = self.searches[name]
             trial = search.record.trials[number]
         else:
-            # The first of those with the fewest trials: round-robin, and the journals know where
-            # it stands.
-            search = min(wanting, key=lambda s: len(s.record.trials))
+            search = self._next(wanting)
             trial = search.suggest()
         config = search.config(trial)
         taken = [engine for _, _, engine in self._live.values()]
@@ -142,6 +140,16 @@ class JournalSearcher(Searcher):
         config["trial"]["engine"] = engine
         self._live[trial_id] = (search.member.name, trial.number, engine)
         return config
+
+    def _next(self, wanting: list[MemberSearch]) -> MemberSearch:
+        """Whose trial comes next: one group of members after another, so that the slots hold trials
+        that can share a pool, and within a group whoever has the fewest; the journals know where
+        that stands. A sampler that hears of no trial before a quarter of them have begun is blind,
+        so the next group begins when members have that many under way."""
+        busy = Counter(name for name, _, _ in self._live.values())
+        able = [s for s in wanting if busy[s.member.name] < -(-s.record.asked // 4)] or wanting
+        groups = list(dict.fromkeys(search.member.group for search in self.searches.values()))
+        return min(able, key=lambda s: (groups.index(s.member.group), len(s.record.trials)))
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any

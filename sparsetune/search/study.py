@@ -72,6 +72,7 @@ class SearchMember:
     objectives: list[str]  # metrics of the last epoch
     directions: list[Literal["maximize", "minimize"]]
     constraint: Callable[[dict[str, float]], float] | None = None  # above 0: infeasible
+    group: str = ""  # members of one group have trials that an engine trains together
 
     @property
     def record(self) -> Member:
