@@ -10,6 +10,7 @@ import csv
 import itertools
 import math
 import statistics as standard
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -216,7 +217,9 @@ def _state(
         ended = [t.reports[-1].metrics for t in record.trials.values() if t.status == "finished"]
         reached = min((m["density/all"] for m in ended if "density/all" in m), default=None)
         if reached is None:
-            return "infeasible", "none of its trials was trained to the end"
+            how = Counter(trial.status for trial in record.trials.values())
+            counts = ", ".join(f"{num} {status}" for status, num in how.items())
+            return "infeasible", f"none of its trials was trained to the end ({counts})"
         return "infeasible", (
             f"none of its {len(ended)} finished trials is within its bounds; lowest density "
             f"{reached:.4f}"
@@ -382,11 +385,17 @@ def _levels(cells: list[Cell], match: Match) -> tuple[dict[str, list[str]], list
     inference, those that the median method has at that density."""
     densities = sorted({cell.density for cell in cells if cell.density is not None})
     by_density = {f"{d:g}": [c for c in cells if c.density == d] for d in densities}
+    spaces = dict.fromkeys(cell.space for cell in cells if cell.density is not None)
     if match == "density":
-        return {level: [c.name for c in at] for level, at in by_density.items()}, []
+        missing = [
+            f"{space} was not searched at density {level}"
+            for level, at in by_density.items()
+            for space in spaces
+            if space not in {cell.space for cell in at}
+        ]
+        return {level: [c.name for c in at] for level, at in by_density.items()}, missing
     levels: dict[str, list[str]] = {}
     notes = []
-    spaces = dict.fromkeys(cell.space for cell in cells if cell.density is not None)
     for level, at in by_density.items():
         known = [f for c in at if (f := _flops(c)) is not None]
         if not known:

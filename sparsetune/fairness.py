@@ -329,6 +329,10 @@ def _reported(entries: list[Entry]) -> str:
         return {name: found.get(name, "?") for name in ("sparsetune", "torch")}
 
     _equal(entries, "versions", versions, "search all with one version")
+    for method in {entry.cell.method: None for entry in entries}:
+        own = [entry for entry in entries if entry.cell.method == method]
+        _equal(own, f"code of {method}", lambda e: e.record.header.get("code", {}).get("method"),
+               "search all with one version")  # fmt: skip
     return ", ".join(f"{name} {version}" for name, version in versions(entries[0]).items())
 
 
@@ -357,12 +361,16 @@ def _gradients(entries: list[Entry]) -> str:
 
 def _equal(entries: Iterable[Entry], what: str, of: Callable[[Entry], Any], mend: str) -> None:
     """_Found unless all have the same."""
+
+    def short(text: str) -> str:
+        return text if len(text) <= 200 else f"{text[:200]} ..."
+
     groups: dict[str, list[str]] = {}
     for entry in entries:
         groups.setdefault(json.dumps(of(entry), sort_keys=True), []).append(entry.cell.name)
     if len(groups) > 1:
         (one, first), (other, second) = list(groups.items())[:2]
-        raise _Found(f"{what}: {one} in {first[0]}, {other} in {second[0]}", mend)
+        raise _Found(f"{what}: {short(one)} in {first[0]}, {short(other)} in {second[0]}", mend)
 
 
 def _key(values: dict[str, Any], value: Any) -> str:

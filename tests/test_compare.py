@@ -365,3 +365,48 @@ def test_start_points_that_change_what_is_shared_are_no_candidates(tmp_path: Pat
     assert static.chosen is not None
     assert static.chosen.trial == 0
     assert journal.load(tmp_path / "a/static@0.2/confirm").asked == 5  # not trained twice
+
+
+# Messy input --------------------------------------------------------------------------------------
+
+
+def test_a_method_whose_trials_all_diverged(tmp_path: Path) -> None:
+    def tell(one: Member, trial: Trial, role: str) -> Any:
+        return "diverged" if one.space.name == "static" else accuracy(one, trial, role)
+
+    confirmed(told(tmp_path, ["set", "static"], *SETTLED, "name=a", tell=tell), "seeds=3")
+    found = compare(tmp_path, ["a"])
+    assert broken(found) == set()
+    assert "a/static@0.2: none of its trials was trained to the end (4 diverged)" in found.notes
+    assert found.ranking == {"0.2": ["set"]}
+    assert found.rules[11].figure.startswith("in the searches 0 stopped, 4 diverged, 0 failed")
+
+
+def test_a_density_that_one_method_lacks(tmp_path: Path) -> None:
+    words = ["trials=4", "name=a", "density=0.2,0.5"]
+    confirmed(told(tmp_path, ["set"], *words), "seeds=3")
+    confirmed(told(tmp_path, ["static"], *SETTLED, "name=b"), "seeds=3")
+    found = compare(tmp_path, ["a", "b"])
+    assert "static was not searched at density 0.5" in found.notes
+    assert found.ranking == {"0.2": ["set", "static"], "0.5": ["set"]}
+
+
+def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3")
+    monkeypatch.setattr("sparsetune.sweep.versions", lambda: {"sparsetune": "0.0.9"})
+    confirmed(told(tmp_path, ["static"], *SETTLED, "name=b"), "seeds=3")
+    rule = compare(tmp_path, ["a", "b"]).rules[13]
+    assert rule.state == "broken"
+    assert '"0.0.9"' in rule.figure
+    assert rule.mend == "search all with one version"
+
+
+def test_a_search_that_is_not_finished(tmp_path: Path) -> None:
+    confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3")
+    path = told(tmp_path, ["static"], *SETTLED, "name=b")
+    with journal_of(path / "static@0.2") as writer:
+        writer.append({"type": "extend", "trials": 6})
+    found = compare(tmp_path, ["a", "b"])
+    assert broken(found) == {1, 3}
+    assert found.rules[2].mend == "sparsetune resume b"
+    assert found.ranking is None
