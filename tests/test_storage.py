@@ -404,36 +404,47 @@ def test_a_sweep_waits_for_its_storage_and_gives_up_at_last(
         insist(action, watch.trouble)
 
 
+@pytest.mark.parametrize("comes_back", [True, False])
 def test_checkpoints_that_cannot_be_written_fail_no_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    comes_back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading them waits; writing them waits, and is then left out."""
-    settings = TrialSettings(method="set", density=0.5, epochs=2)
+    """Reading them waits; writing them waits, and is then left out, but for the last one."""
+    settings = TrialSettings(method="set", density=0.5, epochs=3)
     settings.data.limit, settings.model.widths = 200, [16]
     monkeypatch.setattr(actor, "SAVE_SECONDS", 0.4)
+    monkeypatch.setattr(actor, "AWAY_SECONDS", 60.0 if comes_back else 0.0)
     engine = actor.Engine("cpu", "solo", 4, 1, 0.5, str(tmp_path))
-    newest, calls = checkpoint.newest, []
+    newest, save, read, written = checkpoint.newest, checkpoint.save, [], []
 
-    def away(*args: Any) -> Any:
-        calls.append(args)
-        if args[1:] or len(calls) < 4:
+    def read_late(folder: Path) -> Any:
+        read.append(folder)
+        if len(read) < 4:
             raise OSError(errno.EIO, "Input/output error")
-        return newest(*args)
+        return newest(folder)
 
-    monkeypatch.setattr(checkpoint, "newest", away)
-    monkeypatch.setattr(checkpoint, "save", away)
+    def write_late(folder: Path, snapshot: Any, records: Any) -> Any:
+        written.append(len(records))
+        if not comes_back or written.count(3) < 5:
+            raise OSError(errno.EIO, "Input/output error")
+        return save(folder, snapshot, records)
+
+    monkeypatch.setattr(checkpoint, "newest", read_late)
+    monkeypatch.setattr(checkpoint, "save", write_late)
 
     async def trial() -> list[float]:
         token = await engine.attach("x", to_dict(settings), str(tmp_path / "x"), 1, [1], False)
         records: list[Any] = []
-        while len(records) < 2:
-            records += await engine.after("x", token, len(records))
+        while len(records) < 3:
+            new = await engine.after("x", token, len(records))
+            records += new
+            assert not new or len(records) < 3 or not comes_back or written.count(3) == 5
         await engine.detach("x", token)
         return [record["epoch"] for record in records]
 
-    assert asyncio.run(trial()) == [1, 2]
-    assert {len(args) for args in calls} == {1, 3}
-    assert checkpoint.saved_epochs(tmp_path / "x") == []
+    assert asyncio.run(trial()) == [1, 2, 3]
+    assert {1, 2, 3} == set(written)
+    assert checkpoint.saved_epochs(tmp_path / "x") == [3] * comes_back
+    assert not comes_back or len(newest(tmp_path / "x")[1]) == 3
 
 
 # Sweeps -------------------------------------------------------------------------------------------

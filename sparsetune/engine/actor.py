@@ -5,7 +5,7 @@ After an epoch at which the scheduler may stop trials, it waits until each of th
 more or has left, so a stopped trial costs no epoch more; elsewhere it goes on while they report.
 Checkpoints are written here. Storage that is away makes no trial fail: the engine waits for some
 seconds and goes on without the checkpoint, so that the driver, which says so and waits for as long
-as it takes, comes to write what is reported.
+as it takes, comes to write what is reported. A trial has ended when its last checkpoint is written.
 
 An actor that was killed comes back empty, and its trials attach again and go on from their
 checkpoints. Those that have seen two engines die without an epoch in between are suspects: each is
@@ -32,7 +32,7 @@ from sparsetune import checkpoint, files
 from sparsetune.checkpoint import Snapshot
 from sparsetune.data import Dataset
 from sparsetune.engine.pool import Pool, choose, prepare, structure
-from sparsetune.files import StorageAway, insist, why
+from sparsetune.files import AWAY_SECONDS, StorageAway, insist, why
 from sparsetune.imports import work_in
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import TrialSettings, from_dict
@@ -69,22 +69,22 @@ class Place:
     heard: float = field(default_factory=time.monotonic)
     error: str = ""  # a traceback: this trial cannot be trained
     parked: Snapshot | None = None  # where it is while another one is trained alone
+    unsaved: tuple[Metrics, Snapshot, float] | None = None  # its end, since when storage is away
     waited: int = 0  # epochs of the others, for company
     structure: str = ""  # of its pool; "" until it is known
 
     @property
     def over(self) -> bool:
-        last = self.records[-1] if self.records else None
-        return bool(
-            self.error or (last and (last["diverged"] or last["epoch"] >= self.settings.epochs))
-        )
+        """Is there nothing left to train?"""
+        return bool(self.error or self.unsaved or (self.records and self.ends(self.records[-1])))
+
+    def ends(self, metrics: Metrics) -> bool:
+        """Is this epoch the trial's last one?"""
+        return bool(metrics["diverged"] or metrics["epoch"] >= self.settings.epochs)
 
     def saves(self, metrics: Metrics) -> bool:
         """Is a checkpoint due after this epoch?"""
-        epoch = metrics["epoch"]
-        return bool(
-            epoch % self.save_every == 0 or epoch >= self.settings.epochs or metrics["diverged"]
-        )
+        return self.ends(metrics) or metrics["epoch"] % self.save_every == 0
 
     @property
     def undecided(self) -> bool:
@@ -206,6 +206,12 @@ class Engine:
             for key, place in list(self._inside.items()):
                 if here.get(key) is not place:
                     self._take_out(place)
+            for place in here.values():
+                if place.unsaved:
+                    self._save(place, *place.unsaved)
+                    self._tell(place)
+                if place.unsaved:
+                    break  # the others could not be saved either
             entering = [p for key, p in here.items() if key not in self._inside]
             entering = [p for p in entering if not p.over and self._knows_pool_of(p)]
             suspects = [p for p in here.values() if p.suspect and not p.over]
@@ -232,7 +238,7 @@ class Engine:
                         del self._places[key]
                 stay = [p for key, p in self._inside.items() if self._places.get(key) is p]
                 waiting = [place for place in stay if place.undecided]
-                wanted = any(not place.over for place in self._places.values())
+                wanted = any(not p.over or p.unsaved for p in self._places.values())
                 # Who has left gives his slot back at once, also where nobody else is here.
                 if (wanted or len(stay) < len(self._inside)) and (not waiting or now > patience):
                     return dict(self._places)
@@ -339,13 +345,24 @@ class Engine:
                 if place.over:
                     self._take_out(place)
 
-    def _save(self, place: Place, metrics: Metrics, snapshot: Snapshot | None) -> None:
-        records = [*place.records, metrics]
-        with contextlib.suppress(StorageAway):
+    def _save(
+        self, place: Place, metrics: Metrics, snapshot: Snapshot | None, since: float | None = None
+    ) -> None:
+        """While storage is away a trial has its record all the same, as a later checkpoint will
+        hold it, but not its last one: that stays here until it is saved. As its trial stays, too,
+        there are no more of them than trials at a time; if it dies, it is trained to it again."""
+        records, place.unsaved = [*place.records, metrics], None
+        try:
             if snapshot is not None:
                 self._stored(lambda: checkpoint.save(place.folder, snapshot, records))
             if place.suspect:
                 self._stored(lambda: place.alone.unlink(missing_ok=True))
+        except StorageAway:
+            since = since or time.monotonic()
+            late = time.monotonic() - since > AWAY_SECONDS
+            if snapshot is not None and place.ends(metrics) and not late:
+                place.unsaved = metrics, snapshot, since
+                return
         place.suspect, place.records = False, records
 
     def _stored(self, action: Callable[[], T]) -> T:
