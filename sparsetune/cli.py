@@ -82,18 +82,20 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
                 click.echo(f"Early stopping: {resolved.scheduling.reason}.", err=True)
             sweep.create(resolved, command)
             members = stack.enter_context(sweep.opened(resolved.storage, resolved.name))
-        sys.exit(_run(members))
+        sys.exit(_run(members, lambda: sweep.undo(members)))
 
 
-def _run(members: list[Any]) -> int:
+def _run(members: list[Any], undo: Callable[[], bool] = lambda: False) -> int:
     from sparsetune import sweep
 
     again = sweep.resume_command(members[0].folder.parent)
-    return _guarded(lambda: sweep.run(members), again)
+    return _guarded(lambda: sweep.run(members), again, undo)
 
 
-def _guarded(run: Callable[[], int], again: str) -> int:
-    """The exit status of `run`; what ended it without being a bug is said, and how to go on."""
+def _guarded(run: Callable[[], int], again: str, undo: Callable[[], bool] = lambda: False) -> int:
+    """The exit status of `run`; what ended it without being a bug is said, and how to go on.
+
+    Where the cluster cannot be used, `undo` may have the command as if it had not been given."""
     from sparsetune.files import StorageAway
     from sparsetune.fleet import ClusterError
     from sparsetune.search.lock import SweepHeld
@@ -102,7 +104,9 @@ def _guarded(run: Callable[[], int], again: str) -> int:
         return run()
     except (ClusterError, SweepHeld, StorageAway) as error:
         click.echo(f"sparsetune: {error}", err=True)
-        if not isinstance(error, SweepHeld):
+        if isinstance(error, ClusterError) and undo():
+            click.echo("Nothing was begun; the same command can be given again.", err=True)
+        elif not isinstance(error, SweepHeld):
             click.echo(f"Go on by: {again}", err=True)
         if isinstance(error, StorageAway):
             return 130

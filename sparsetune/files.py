@@ -140,6 +140,10 @@ class S3Path(PosixPath):
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: an object needs no folder."""
 
+    def rmtree(self) -> None:
+        with self._client() as s3:
+            s3.delete_dir(self._key)
+
     def resolve(self, strict: bool = False) -> Self:
         return self
 

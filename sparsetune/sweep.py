@@ -112,6 +112,22 @@ def create(sweep: Sweep, command: str) -> Path:
     return folder
 
 
+def undo(members: list[OpenMember]) -> bool:
+    """Takes a new sweep away again, unless a trial has begun; is it gone?"""
+    if any(one.journal.record.trials for one in members):
+        return False
+    folder = members[0].folder.parent
+    try:
+        if isinstance(folder, S3Path):
+            folder.rmtree()
+        else:
+            scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+            shutil.rmtree(folder.rename(scratch), ignore_errors=True)
+    except OSError:
+        return False
+    return True
+
+
 def resume_command(folder: Path) -> str:
     """With the storage, where it is not found without."""
     given = place(os.environ.get("SPARSETUNE_STORAGE", "./sweeps")).resolve()

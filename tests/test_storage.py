@@ -18,15 +18,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import pytest
 from s3_server import BUCKET, S3Server
 from test_journal import end, report, suggest
 from test_sweep import TOY, check_complete, reports, run, start
 from wandb_files import read_runs
 
-from sparsetune import checkpoint, files
+from sparsetune import checkpoint, files, sweep
+from sparsetune.cli import main
 from sparsetune.engine import actor
 from sparsetune.files import S3Path, StorageAway, insist, place, write_whole
+from sparsetune.fleet import ClusterError
 from sparsetune.search import journal, lines, lock
 from sparsetune.search.journal import (
     Journal,
@@ -463,6 +466,33 @@ def test_storage_that_cannot_be_used_is_said(tmp_path: Path, monkeypatch: Any) -
     assert "sparsetune: s3://bucket/x: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["objects", "folder"])
+def test_a_sweep_whose_cluster_cannot_be_used_has_not_been(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = request.getfixturevalue("folder") if kind == "objects" else tmp_path
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.3)
+    words = ["sweep", "set", "static", "density=0.2", "name=x", f"storage={storage}", *TOY]
+    done: list[Any] = []
+
+    def run(members: list[sweep.OpenMember]) -> int:
+        done.append(sweep.note_driver(members))
+        if len(done) == 3:
+            members[0].journal.append(suggest(0))
+        raise ClusterError("the cluster's nodes are not alike")
+
+    monkeypatch.setattr(sweep, "run", run)
+    for _ in range(2):
+        said = click.testing.CliRunner().invoke(main, words)
+        assert (said.exit_code, "Nothing was begun; the same" in said.output) == (2, True)
+        assert sweeps(storage) == []
+        assert not (storage / "x").exists()
+    said = click.testing.CliRunner().invoke(main, words)
+    assert (said.exit_code, "Go on by: sparsetune resume x" in said.output) == (2, True)
+    assert sweeps(storage) == ["x"]
+    assert [path.name for path in storage.iterdir()] == ["x"]
 
 
 def wait_for(process: subprocess.Popen[bytes], there: Any, seconds: float = 120) -> None:
