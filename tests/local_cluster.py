@@ -126,6 +126,11 @@ class LocalCluster:
         submit = [*RAY, "job", "submit", f"--address=http://{HEAD}:{DASHBOARD}"]
         return self._popen("job", [*submit, f"--runtime-env-json={given}", "--", *words])
 
+    def output(self) -> str:
+        """Of all jobs so far."""
+        file = self.folder / "job"
+        return file.read_text() if file.exists() else ""
+
     def processes(self, title: str = "ray::Engine") -> dict[str, int]:
         """How many processes of Ray with such a title there are on each node that has one."""
         known = processes.living()

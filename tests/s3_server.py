@@ -22,11 +22,16 @@ sys.stdin.read()
 BUCKET = "sweeps"
 
 
-def python() -> Path:
-    """Of the environment that has moto; skips the test where there is none."""
+def find() -> Path | None:
+    """Python of the environment that has moto."""
     given = os.environ.get("SPARSETUNE_MOTO_PYTHON")
     found = Path(given) if given else Path(__file__).parents[1] / ".venv-moto/bin/python"
-    if not found.exists():
+    return found if found.exists() else None
+
+
+def python() -> Path:
+    """The same; skips the test where there is none."""
+    if not (found := find()):
         pytest.skip("no S3 server: `. scripts/setup.sh; setup_moto` makes .venv-moto")
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -15,21 +16,28 @@ from typing import Any
 import local_cluster
 import pytest
 import ray
+import s3_server
 from local_cluster import LocalCluster, wait_for
 from wandb_server import WandbServer
 
 from sparsetune import cluster, fleet, nodes, trial
 from sparsetune.config import RaySettings, SweepSettings
 from sparsetune.data import load
+from sparsetune.files import place
 from sparsetune.search import journal
 from sparsetune.settings import DataSettings, ModelSettings, to_dict
+from sparsetune.status import sweeps
 
 SPARSETUNE = [sys.executable, "-m", "sparsetune.cli"]
-TRIALS, EPOCHS = 5, 300
+WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from sparsetune.cli import main; main()"
+TRIALS = 5
+EPOCHS = {"folder": 300, "s3": 60}
 TOY = [
-    "sweep", "set", "static", "density=0.2", "name=toy", f"trials={TRIALS}", f"epochs={EPOCHS}",
+    "sweep", "set", "static", "density=0.2", "name=toy", f"trials={TRIALS}",
     "data.name=mine:images", "model.widths=[16]", "train.batch_size=32", "scheduler.name=none",
+    "concurrency=4",  # each is a process, which takes two seconds of a core to start
 ]  # fmt: skip
+MEMBERS = ["set@0.2", "static@0.2"]
 MINE = """
 import numpy as np
 from sklearn.datasets import load_digits
@@ -54,73 +62,117 @@ def users_folder(parent: Path) -> Path:
 # In the namespace ---------------------------------------------------------------------------------
 
 
-def nodes_differ_come_and_go(folder: Path) -> None:
-    """What the test below looks at, as JSON."""
+def nodes_differ_come_and_go(folder: Path, kinds: str) -> None:
+    """What the tests below look at, as JSON."""
     mine, seen = users_folder(folder), dict[str, Any]()
     stranger = folder / "stranger/sparsetune-0.0.9.dist-info"
     stranger.mkdir(parents=True)
     (stranger / "METADATA").write_text("Name: sparsetune\nVersion: 0.0.9\n")
-    storage = f"storage={folder / 'sweeps'}"
-    with WandbServer() as server, LocalCluster(folder) as cluster:
+    with LocalCluster(folder) as cluster:
         first, second = cluster.add_node(hidden=mine), cluster.add_node(hidden=mine)
         other = cluster.add_node(PYTHONPATH=f"{stranger.parent}:{cluster.env['PYTHONPATH']}")
         cluster.wait_for_nodes()
+        words = [*TOY, f"storage={folder / 'sweeps'}", "ray.address=auto", "wandb.mode=disabled"]
         refused = subprocess.run(
-            [*SPARSETUNE, *TOY, storage, "ray.address=auto", "wandb.mode=disabled"],
-            cwd=mine, env=cluster.env, capture_output=True, text=True,
-        )  # fmt: skip
-        seen["refused"] = refused.returncode, refused.stderr
+            [*SPARSETUNE, *words], cwd=mine, env=cluster.env, capture_output=True, text=True
+        )
+        seen["refused"] = other, refused.returncode, refused.stderr, sweeps(folder / "sweeps")
         cluster.kill_node(other)
+        begin, env, storage = [first, second], dict[str, str](), folder / "sweeps"
+        for kind in kinds.split():
+            if kind == "s3":
+                server = s3_server.S3Server()
+                server.make_bucket()
+                env, storage = server.environment, place(f"s3://{s3_server.BUCKET}/sweeps")
+                os.environ.update(env)
+            seen[kind] = a_node_goes_and_one_comes(cluster, mine, begin, storage, EPOCHS[kind], env)
+            begin = list(seen[kind]["end"])
+    print(json.dumps(seen))
+
+
+def a_node_goes_and_one_comes(
+    cluster: LocalCluster, mine: Path, nodes: list[str], storage: Path, epochs: int, env: Any
+) -> dict[str, Any]:
+    """A sweep by `ray job submit` on these nodes; the first of them is killed midway."""
+    seen: dict[str, Any] = {"nodes": nodes}
+    members = [storage / "toy" / name for name in MEMBERS]
+    words = [f"storage={storage}", f"epochs={epochs}", "wandb.mode=online"]
+    done = len(cluster.output())
+    wait_for(lambda: not cluster.processes("ray::Engine"))
+    with WandbServer() as server:
         job = cluster.submit(
-            "env", "-C", str(mine), *SPARSETUNE, "resume", "toy", storage, "wandb.mode=online",
-            WANDB_API_KEY="k" * 40, WANDB_BASE_URL=server.url,
+            "env", "-C", str(mine), *SPARSETUNE, *TOY, *words,
+            WANDB_API_KEY="k" * 40, WANDB_BASE_URL=server.url, **env,
         )  # fmt: skip
-        wait_for(lambda: len(cluster.processes("ray::Engine")) == 2)
-        journals = [folder / f"sweeps/toy/{name}@0.2/journal.jsonl" for name in ("set", "static")]
-        wait_for(lambda: all(path.read_text().count('"report"') > 20 for path in journals))
+
+        def reports(member: Path) -> int:
+            trials = journal.load(member).trials.values() if journal.exists(member) else []
+            return sum(len(trial.reports) for trial in trials)
+
+        wait_for(lambda: all(reports(member) > 20 for member in members))
         seen["begin"] = cluster.processes("ray::Engine")
-        cluster.kill_node(first)
-        third = cluster.add_node(hidden=mine)
-        wait_for(lambda: third in cluster.processes("ray::Engine"))
+        cluster.kill_node(nodes[0])
+        new = cluster.add_node(hidden=mine)
+        command = [sys.executable, "-c", WITHOUT_RAY, "status", "toy", "--json", words[0]]
+        status = subprocess.run(command, env=cluster.env | env, capture_output=True, check=True)
+        seen["state"] = json.loads(status.stdout)["state"]
+        wait_for(lambda: new in cluster.processes("ray::Engine"))
         seen["end"] = cluster.processes("ray::Engine")
         seen["exit"] = job.wait(120)
-        seen["names"] = first, second, other, third
         seen["steps"] = [run.steps for run in server.runs.values()]
-    print(json.dumps(seen))
+    seen["output"] = cluster.output()[done:]
+    seen["trials"] = [
+        [(t.number, t.status, t.attempts, len(t.reports)) for t in record.trials.values()]
+        for record in map(journal.load, members)
+    ]
+    return seen | {"new": new}
 
 
 # Outside ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of `nodes_differ_come_and_go`: one cluster for all, as it takes a while to start."""
+    if not local_cluster.permitted():
+        pytest.skip("no namespaces here (unshare)")
+    if importlib.util.find_spec("aiohttp_cors") is None:
+        pytest.skip("needs the extra dev: ray[default]")
+    folder = tmp_path_factory.mktemp("cluster")
+    kinds = "folder s3" if s3_server.find() else "folder"
+    words = "nodes_differ_come_and_go", str(folder), kinds
+    done = local_cluster.run(Path(__file__), *words, timeout=400)
+    output = (folder / "job").read_text() if (folder / "job").exists() else ""
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr + output
+    return dict(json.loads(done.stdout))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not local_cluster.permitted(), reason="no namespaces here (unshare)")
-@pytest.mark.skipif(
-    importlib.util.find_spec("aiohttp_cors") is None, reason="needs the extra dev: ray[default]"
-)
-def test_nodes_that_differ_come_and_go(tmp_path: Path) -> None:
-    done = local_cluster.run(Path(__file__), "nodes_differ_come_and_go", str(tmp_path), timeout=300)
-    output = done.stdout[-2000:] + done.stderr
-    output += (tmp_path / "job").read_text() if (tmp_path / "job").exists() else ""
-    assert done.returncode == 0, output
-    seen = json.loads(done.stdout)
-    first, second, other, third = seen["names"]
-    status, message = seen["refused"]
+def test_a_node_that_differs_is_named_and_the_sweep_has_not_been(seen: dict[str, Any]) -> None:
+    other, status, message, left = seen["refused"]
     assert status == 2
     assert f"node {other}: sparsetune is 0.0.9, and" in message
     assert message.count("node 127") == 1
+    assert "Nothing was begun; the same command can be given again." in message
     assert "Traceback" not in message
+    assert left == []
 
-    assert seen["begin"] == {first: 1, second: 1}
-    assert seen["end"] == {second: 1, third: 1}
-    assert seen["exit"] == 0, output
-    assert "gone with a node" in output
-    for member in ("set@0.2", "static@0.2"):
-        record = journal.load(tmp_path / "sweeps/toy" / member)
-        assert [t.number for t in record.trials.values()] == list(range(TRIALS))
-        assert {(t.status, t.attempts, len(t.reports)) for t in record.trials.values()} == {
-            ("finished", 1, EPOCHS)
-        }
-    assert seen["steps"] == [list(range(1, EPOCHS + 1))] * (2 * TRIALS)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_a_sweep_while_nodes_come_and_go(kind: str, seen: dict[str, Any]) -> None:
+    if kind not in seen:
+        s3_server.python()  # skips the test
+    epochs, found = EPOCHS[kind], seen[kind]
+    gone, stays = found["nodes"]
+    assert found["begin"] == {gone: 1, stays: 1}
+    assert found["state"] == "running"
+    assert found["end"] == {stays: 1, found["new"]: 1}
+    assert found["exit"] == 0, found["output"]
+    assert "gone with a node" in found["output"]
+    trials = [[number, "finished", 1, epochs] for number in range(TRIALS)]
+    assert found["trials"] == [trials] * len(MEMBERS)
+    assert found["steps"] == [list(range(1, epochs + 1))] * (len(MEMBERS) * TRIALS)
 
 
 class FakeRay:
@@ -303,4 +355,4 @@ def test_attempts_that_ended_with_their_node_do_not_count(
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
