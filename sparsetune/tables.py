@@ -1,11 +1,15 @@
-"""A comparison as tables in a terminal. The rule to know: readers get percent and sparsity."""
+"""A comparison as tables, in a terminal or in markdown. The rule to know: readers get percent and
+sparsity."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sparsetune.comparison import Cell, Comparison, Interval, Line
 from sparsetune.status import wide_console
@@ -13,25 +17,60 @@ from sparsetune.status import wide_console
 STYLES = {"broken": "bold red", "holds": "green", "does not apply": "dim"}
 
 
-def print_comparison(comparison: Comparison) -> None:
+class Section(NamedTuple):
+    """What readers get below one title."""
+
+    title: str
+    tables: list[Table]
+    lines: list[str]
+
+
+def sections(comparison: Comparison) -> list[Section]:
     """Accuracies and costs per density, pairs, the rules, and the ranking or why there is none."""
+    found = [_cells(title, cells) for title, cells in by_level(comparison).items()]
+    return [*found, *_pairs(comparison), _rules(comparison), _ranking(comparison)]
+
+
+def print_comparison(comparison: Comparison) -> None:
     console = wide_console()
+    for title, tables, lines in sections(comparison):
+        console.print(Text(title, style="bold"))
+        for table in tables:
+            console.print(table, highlight=False)
+        for line in lines:
+            console.print(Text(f"  {line}"), soft_wrap=True)
+        console.print()
+
+
+def markdown(section: Section) -> str:
+    parts = [f"## {section.title}"]
+    for table in section.tables:
+        rows = [[column.header for column in table.columns], ["---"] * len(table.columns)]
+        rows += zip(*(column.cells for column in table.columns), strict=True)
+        plain = [[_plain(Text.from_markup(str(cell)).plain) for cell in row] for row in rows]
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in plain))
+    return "\n\n".join([*parts, *map(_plain, section.lines)])
+
+
+def _plain(text: str) -> str:
+    """Without what markdown would take for its own."""
+    return re.sub(r"([\\`*_|<>])", r"\\\1", text)
+
+
+def by_level(comparison: Comparison) -> dict[str, list[Cell]]:
+    """The cells that are compared with each other, by a title, the best first; then those that no
+    density was asked of."""
     cells = {cell.name: cell for cell in comparison.cells}
-    apart = [cell for cell in comparison.cells if cell.density is None]
+    found = {}
     for level, names in comparison.levels.items():
-        at = [cells[name] for name in names]
-        at.sort(key=lambda cell: -cell.mean.value if cell.mean else 0.0)
         title = f"{1 - float(level):.4g} sparsity (density {level})"
         if comparison.match == "flops":
             title = f"FLOPs as at density {level}"
-        _print_cells(console, title, at)
-    if apart:
-        _print_cells(console, "no density asked for", apart)
-    _print_pairs(console, comparison)
-    _print_rules(console, comparison)
-    for note in comparison.notes:
-        console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
-    _print_ranking(console, comparison)
+        at = [cells[name] for name in names]
+        found[title] = sorted(at, key=lambda cell: -cell.mean.value if cell.mean else 0.0)
+    if apart := [cell for cell in comparison.cells if cell.density is None]:
+        found["no density asked for"] = apart
+    return found
 
 
 def percent(interval: Interval | None) -> str:
@@ -52,7 +91,7 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def _print_cells(console: Console, title: str, cells: list[Cell]) -> None:
+def _cells(title: str, cells: list[Cell]) -> Section:
     results = _table(
         ("method", "test %", "IQM %", "paper's %", "density", "of sparse", "weights", "note"),
         left=("method", "note"),
@@ -81,10 +120,7 @@ def _print_cells(console: Console, title: str, cells: list[Cell]) -> None:
             *(str(tuning.trials[s]) for s in ("stopped", "diverged", "failed")),
             f"{line.device_seconds:.0f}" if line else "-",
         )  # fmt: skip
-    console.print(f"[bold]{title}[/bold]")
-    console.print(results)
-    console.print(costs)
-    console.print()
+    return Section(title, [results, costs], [])
 
 
 def _table(headings: Iterable[str], left: Iterable[str]) -> Table:
@@ -99,7 +135,7 @@ def _share(line: Line | None, name: str) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _print_pairs(console: Console, comparison: Comparison) -> None:
+def _pairs(comparison: Comparison) -> Iterable[Section]:
     if not comparison.pairs:
         return
     table = _table(
@@ -114,43 +150,38 @@ def _print_pairs(console: Console, comparison: Comparison) -> None:
             f"{better:.2f} [{low:.2f}, {high:.2f}]",
             "-" if pair.p is None else f"{pair.p:.3f}", verdict,
         )  # fmt: skip
-    console.print("[bold]pairs, by seed, 95 % intervals[/bold]")
-    console.print(table)
-    if all(pair.p is None for pair in comparison.pairs):
-        console.print("Below 6 seeds there are intervals only: no test could tell two apart.")
-    console.print()
+    few = all(pair.p is None for pair in comparison.pairs)
+    why = ["Below 6 seeds there are intervals only: no test could tell two apart."] if few else []
+    yield Section("pairs, by seed, 95 % intervals", [table], why)
 
 
-def _print_rules(console: Console, comparison: Comparison) -> None:
+def _rules(comparison: Comparison) -> Section:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("", "rule", "", "figure"):
         table.add_column(heading, overflow="fold")
     for rule in comparison.rules:
         state = f"[{STYLES[rule.state]}]{rule.state}[/]"
-        table.add_row(str(rule.number), rule.title, state, rule.figure)
-    console.print(table, highlight=False)
-    console.print()
+        table.add_row(str(rule.number), rule.title, state, escape(rule.figure))
+    return Section("rules of a fair comparison", [table], comparison.notes)
 
 
-def _print_ranking(console: Console, comparison: Comparison) -> None:
-    broken = [rule for rule in comparison.rules if rule.state == "broken"]
-    for rule in broken:
-        if rule.forbids:
-            console.print(f"[bold red]No ranking[/]: rule {rule.number}, {rule.title}, is broken:")
-            console.print(f"  {rule.figure}", highlight=False, soft_wrap=True)
-            console.print(f"  Mend it: {rule.mend}", highlight=False, soft_wrap=True)
-    cells = {(level, cells.space): cells for level, cells in _at(comparison)}
+def _ranking(comparison: Comparison) -> Section:
+    cells = {cell.name: cell for cell in comparison.cells}
+    why = [
+        line
+        for rule in comparison.rules
+        if rule.forbids and rule.state == "broken"
+        for line in (
+            f"Rule {rule.number}, {rule.title}, is broken: {rule.figure}",
+            f"Mend it: {rule.mend}",
+        )
+    ]
     for level, order in (comparison.ranking or {}).items():
+        means = {cells[name].space: cells[name].mean for name in comparison.levels[level]}
         shown = ", ".join(
             f"{place}. {space} {100 * mean.value:.2f}"
             for place, space in enumerate(order, start=1)
-            if (mean := cells[level, space].mean)
+            if (mean := means[space])
         )
-        console.print(f"[bold]At density {level}[/]: {shown or 'nothing to rank'}", soft_wrap=True)
-
-
-def _at(comparison: Comparison) -> Iterable[tuple[str, Cell]]:
-    cells = {cell.name: cell for cell in comparison.cells}
-    for level, names in comparison.levels.items():
-        for name in names:
-            yield level, cells[name]
+        why.append(f"At density {level}: {shown or 'nothing to rank'}")
+    return Section("No ranking" if comparison.ranking is None else "ranking", [], why)
