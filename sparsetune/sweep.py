@@ -308,7 +308,8 @@ class Recording:
                 name=one.member.run_name(trial.params | trial.fixed, number),
                 group=group,
                 job_type=job_type,
-                config=one.member.configure(trial.params, trial.fixed, number) | {"trial": number},
+                config=one.member.configure(trial.params, trial.fixed, number)
+                | {"member": name, "trial": number},
             )
             sent[number] = 0
         for epoch, metrics, _ in trial.reports[sent[number] :]:

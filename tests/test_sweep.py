@@ -143,6 +143,7 @@ def test_wandb_has_one_run_per_trial_with_each_epoch_once(toy: Path) -> None:
     for one in runs:
         assert one.steps == [1, 2, 3]
         assert one.job_type == one.config["method"]
+        assert one.config["member"].startswith(f"toy/{one.job_type}")
         assert one.summary["status"] == "finished"
         assert one.summary["best/val/accuracy"] == max(row["val/accuracy"] for row in one.history)
         assert one.config["optimizer"]["lr"] > 0
