@@ -325,6 +325,28 @@ def _names(words: tuple[str, ...]) -> tuple[Any, list[str]]:
 
 
 @main.command()
+@click.option("--wandb", "target", metavar="ENTITY/PROJECT",
+              help="Save it there as a W&B report, the same one each time.")  # fmt: skip
+@WORDS
+def report(words: tuple[str, ...], target: str | None) -> None:
+    """A comparison as a report.
+
+    \b
+    sparsetune report NAME [NAME ...] [--wandb ENTITY/PROJECT]
+    """
+    from sparsetune import compare as comparing
+
+    with user_errors():
+        storage, names = _names(words)
+        if target is None:
+            raise ValueError("report: say where it goes: --wandb ENTITY/PROJECT")
+        from sparsetune import wandb_report  # ValueError without the extra `report`
+
+        place = wandb_report.place(target)
+        click.echo(wandb_report.save(comparing.compare(storage, names), storage, *place))
+
+
+@main.command()
 @WORDS
 def methods(words: tuple[str, ...]) -> None:
     """The sparse training methods, their variants and hyperparameters."""

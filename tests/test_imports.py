@@ -14,7 +14,7 @@ import sparsetune
 ROOT = Path(sparsetune.__file__).parent
 ORDER = [
     {"cli"},
-    {"compare"},
+    {"compare", "wandb_report"},
     {"fairness"},
     {"confirm"},
     {"sweep"},
@@ -52,7 +52,7 @@ HEAVY = {"ray", "optuna", "wandb", "omegaconf"}
 ALLOWED = {  # who may import what the trainer's machine may lack
     "ray": {"cluster", "fleet", "trial", "alone", "search.searcher", "search.scheduler"},
     "optuna": {"cli", "member", "space", "search.study"},
-    "wandb": {"tracking"},
+    "wandb": {"tracking", "wandb_report"},
     "omegaconf": {"config", "space"},
 }
 

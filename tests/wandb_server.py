@@ -1,4 +1,5 @@
-"""A loopback server for the W&B client: enough of its interface to upload, sync and resume runs.
+"""A loopback server for the W&B client: enough of its interface to upload, sync and resume runs,
+and to save, find and load reports.
 
 Rows are stored by line number, as the real server does: `history[offset + i]`. So a client that
 sends a row twice shows up here as two lines.
@@ -6,6 +7,7 @@ sends a row twice shows up here as two lines.
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import re
@@ -32,11 +34,14 @@ class ServerRun:
 
 
 class WandbServer:
-    """`with WandbServer() as server`: `server.url`, and `server.runs` by run id."""
+    """`with WandbServer() as server`: `server.url`, `server.runs` and `server.reports` by id."""
 
     def __init__(self) -> None:
         self.runs: dict[str, ServerRun] = {}
+        self.projects: set[str] = set()  # ENTITY/PROJECT, which reports may be saved in
+        self.reports: dict[str, dict[str, Any]] = {}
         self.operations: list[str] = []
+        self.denied = ""  # an error that each report is answered with
         self.busy = 0  # so many of the next uploads of rows are answered 429
         self.away = False  # nobody is answered
         server = self
@@ -128,7 +133,53 @@ class WandbServer:
         if operation == "Viewer":
             viewer = {"id": "u", "entity": "ent", "username": "u", "flags": "{}", "teams": None}
             return {"data": {"viewer": viewer}}
-        return {"data": {}}
+        if operation == "upsertView" and self.denied:
+            return {"errors": [{"message": self.denied, "path": ["upsertView"]}], "data": None}
+        answer = self.about_reports(operation, variables)
+        return {"data": answer or {}}
+
+    def about_reports(self, operation: str, given: dict[str, Any]) -> dict[str, Any] | None:
+        end = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        project = given.get("project") or given.get("projectName")
+        place = f"{given.get('entity') or given.get('entityName')}/{project}"
+        if operation == "GetDefaultEntity":
+            return {"viewer": {"id": "u", "entity": "ent"}}
+        if operation == "GetProjects":
+            names = [each.split("/") for each in self.projects if each.startswith(place[:-4])]
+            found = [
+                {"__typename": "Project", "id": name, "name": name, "entityName": entity,
+                 "createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False, "user": None}
+                for entity, name in names
+            ]  # fmt: skip
+            return {"models": {"pageInfo": end, "edges": [{"node": node} for node in found]}}
+        if operation == "ProjectInternalId":
+            known = {"id": place, "internalId": place} if place in self.projects else None
+            return {"project": known}
+        if operation == "Runs":
+            wanted = json.loads(given["filters"])
+            groups, job = wanted["group"]["$in"], wanted["jobType"]
+            num = sum(run.group in groups and run.job_type == job for run in self.runs.values())
+            found = {"internalId": place, "runCount": num, "runs": {"edges": [], "pageInfo": end}}
+            return {"project": found if place in self.projects else None}
+        if operation == "ProjectViews":
+            edges = [
+                {"node": view, "cursor": view["id"]}
+                for view in self.reports.values()
+                if f"{view['project']['entityName']}/{view['project']['name']}" == place
+            ]
+            views = {"allViews": {"edges": edges, "pageInfo": end}}
+            return {"project": views if place in self.projects else None}
+        if operation == "SpecificReport":
+            return {"view": self.reports.get(given["reportId"])}
+        if operation == "upsertView":
+            number = base64.b64encode(b"View:%d" % len(self.reports)).decode().rstrip("=")
+            view = self.reports.setdefault(given["id"] or number, {"id": number})
+            view |= {key: given[key] for key in ("name", "displayName", "description", "spec")}
+            owner = {"id": place, "name": project, "entityName": given["entityName"]}
+            view |= {"type": given["type"], "project": owner, "user": None}
+            view |= {"createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z"}
+            return {"upsertView": {"view": view, "inserted": given["id"] is None}}
+        return None
 
     @staticmethod
     def resume_status(run: ServerRun) -> dict[str, Any]:
