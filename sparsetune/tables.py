@@ -45,16 +45,15 @@ def print_comparison(comparison: Comparison) -> None:
 def markdown(section: Section) -> str:
     parts = [f"## {section.title}"]
     for table in section.tables:
-        rows = [[column.header for column in table.columns], ["---"] * len(table.columns)]
-        rows += zip(*(column.cells for column in table.columns), strict=True)
-        plain = [[_plain(Text.from_markup(str(cell)).plain) for cell in row] for row in rows]
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in plain))
-    return "\n\n".join([*parts, *map(_plain, section.lines)])
+        columns = [[column.header, "---", *column.cells] for column in table.columns]
+        rows = zip(*([_plain(str(cell)) for cell in column] for column in columns), strict=True)
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join([*parts, *(_plain(escape(line)) for line in section.lines)])
 
 
-def _plain(text: str) -> str:
-    """Without what markdown would take for its own."""
-    return re.sub(r"([\\`*_|<>])", r"\\\1", text)
+def _plain(markup: str) -> str:
+    """Without rich's styles, and without what markdown would take for its own."""
+    return re.sub(r"([\\`*_|<>])", r"\\\1", Text.from_markup(markup).plain)
 
 
 def by_level(comparison: Comparison) -> dict[str, list[Cell]]:

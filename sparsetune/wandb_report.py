@@ -181,25 +181,27 @@ def _lacking(comparison: Comparison, sources: dict[str, _Source], api: wandb.Api
 
 
 def _runset(source: str, own: str, name: str, groupby: list[str], **wanted: list[str]) -> wr.Runset:
-    """Runs of a project by their job type, group or member.
+    """Runs of a project by their JobType, Group or, of the config, member.
 
     One of the report's own project names none, which spares a request for each.
     """
-    # A run's attribute and a key of its config as W&B's own filters name them.
-    keys = {"job": ws.Metric("JobType"), "group": ws.Metric("Group")}
-    keys["member"] = ws.Config("member.value")
     entity, project = ("", "") if source == own else source.split("/")
     return wr.Runset(
         entity=entity,
         project=project,
         name=name if source == own else f"{name} in {source}",
-        filters=ws.And(*(keys[key].isin(values) for key, values in wanted.items())),
+        filters=ws.And(
+            *(  # W&B's own filters call a config's key so, too
+                (ws.Config("member.value") if key == "member" else ws.Metric(key)).isin(values)
+                for key, values in wanted.items()
+            )
+        ),
         groupby=groupby,
     )
 
 
 def _confirmed(comparison: Comparison, sources: dict[str, _Source], own: str) -> Iterable[Any]:
-    """Pictures of the confirmation runs: of all, and of each level."""
+    """Pictures of the confirmation runs: of all, and, of those that may be compared, by level."""
     everything = comparison.cells
     if not _groups(everything):
         return
@@ -213,8 +215,8 @@ def _confirmed(comparison: Comparison, sources: dict[str, _Source], own: str) ->
     yield _grid(_confirmation(everything, sources, own), [against, _bars(everything)])
     held_out = any(each.held_out for each in sources.values())
     metrics = ["train/loss", *(["val/accuracy"] if held_out else []), "density/all"]
-    for title, cells in by_level(comparison).items():
-        if _groups(cells):
+    for title, at in by_level(comparison).items():
+        if cells := [cell for cell in at if cell.state == "confirmed"]:
             layers = dict.fromkeys(k for line in _lines(cells).values() for k in line.layers)
             names = [*metrics, *(f"density/layer/{layer}" for layer in layers)]
             panels = [_bars(cells), *(_curve(name, cells) for name in names)]
@@ -228,7 +230,7 @@ def _confirmation(cells: list[Cell], sources: dict[str, _Source], own: str) -> l
         groups = _groups(cell for cell in cells if _source(cell, sources) == place)
         if groups:
             name = "confirmation runs"
-            found.append(_runset(place, own, name, ["group"], job=["confirm"], group=groups))
+            found.append(_runset(place, own, name, ["group"], JobType=["confirm"], Group=groups))
     return found
 
 
@@ -282,8 +284,8 @@ def _searches(sources: dict[str, _Source], own: str) -> Iterable[Any]:
             own,
             "search runs",
             [],
-            job=[member.settings.method],
-            group=[name.partition("/")[0]],
+            JobType=[member.settings.method],
+            Group=[name.partition("/")[0]],
             member=[name],
         )
         panels = [

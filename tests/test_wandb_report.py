@@ -16,10 +16,11 @@ import pytest
 import wandb
 import wandb_workspaces.reports.v2 as reports
 from click.testing import CliRunner, Result
+from told_sweep import confirmed, told
 from wandb_server import ServerRun, WandbServer
 
 import sparsetune
-from sparsetune import member, sweep, wandb_report
+from sparsetune import confirm, member, sweep, wandb_report
 from sparsetune.cli import main
 from sparsetune.comparison import Cell, Comparison, Interval, Line, Pair, Rule, Tuning
 from sparsetune.search import journal
@@ -68,8 +69,7 @@ def toy(**given: Any) -> Comparison:
     cells = [
         cell("toy/set@0.05"),
         cell("toy/rigl@0.05", paper=None, mean=Interval(0.98, 0.97, 0.99)),
-        cell("other/dst@0.05", state="infeasible", chosen=None, paper=None, mean=None,
-             iqm=None, paper_mean=None),
+        cell("other/dst@0.05", state="infeasible", paper=None, mean=None, paper_mean=None),
         cell("toy/dense", None, paper=line(1)),  # the start point itself did best
     ]  # fmt: skip
     words: dict[str, Any] = {
@@ -145,15 +145,18 @@ def test_what_is_saved(server: WandbServer, storage: Path) -> None:
     assert url == f"{server.url}/ent/ours/reports/sparsetune-toy-other-dst@0.05--{view['id']}"
     everything, level, apart, *searches = blocks(view, "panel-grid")
 
-    # Confirmation runs alone, by group; all lie in the report's project, which is not named then.
+    # Confirmation runs alone, by group; those that are no result at their level stand in no level.
     groups = ["toy/set@0.05", "toy/set@0.05 paper", "toy/rigl@0.05"]
-    for grid, expected in ((everything, [*groups, "toy/dense"]), (apart, ["toy/dense"])):
-        (runset,) = grid["metadata"]["runSets"]
-        assert filters(runset) == {"run.jobType": ["confirm"], "run.group": expected}
+    ours, theirs = everything["metadata"]["runSets"]
+    (at_level,), (alone,) = (grid["metadata"]["runSets"] for grid in (level, apart))
+    expected = [(ours, [*groups, "toy/dense"]), (theirs, ["other/dst@0.05"])]
+    for runset, names in [*expected, (at_level, groups), (alone, ["toy/dense"])]:
+        assert filters(runset)["run.jobType"] == ["confirm"]
+        assert sorted(filters(runset)["run.group"]) == sorted(names)
         assert runset["grouping"] == [{"section": "run", "name": "group"}]
-        assert "project" not in runset
-    (runset,) = level["metadata"]["runSets"]
-    assert sorted(filters(runset)["run.group"]) == sorted(groups)
+        # The report's own project is not named.
+        assert "project" not in runset or runset is theirs
+    assert (theirs["project"]["entityName"], theirs["project"]["name"]) == ("ent", "theirs")
     (scatter, axes), (bars, bar) = panels(everything)
     assert (scatter, bars) == ("Scatter Plot", "Bar Chart")
     assert (axes["xAxis"], axes["yAxis"]) == ("summary:density/all", "summary:test/accuracy")
@@ -202,7 +205,9 @@ def test_what_is_saved(server: WandbServer, storage: Path) -> None:
     assert "| set | 97.31 [97.10, 97.52] | 97.31 [97.10, 97.52] | 96.00 [95.00, 97.00] |" in text(
         view
     )
-    assert "| dst | - | - | - | - | - | - | infeasible |" in text(view)
+    assert "| dst | - | 97.31 [97.10, 97.52] | - | 0.0500 | 0.0500 | 13.3 k | infeasible |" in text(
+        view
+    )
     assert "| 0.05 | set - rigl | - | 0.20 [0.10, 0.30] | - |" in text(view)
     assert "| 4 | seeds | broken | 2 of them |" in text(view)
     assert "none of its trials is \\<within\\> its bounds" in text(view)
@@ -245,11 +250,13 @@ def test_it_says_which_runs_were_not_uploaded(
         server.runs[str(number)] = ServerRun(str(number), "toy/set@0.05", "confirm")
     save(storage)
     (view,) = server.reports.values()
-    said = "W&B has 7 of the 8 confirmation runs that belong to ent/ours: "
-    assert said in capsys.readouterr().err
-    assert said in text(view)
-    server.runs["7"] = ServerRun("7", "toy/dense", "confirm")
-    server.runs["8"] = ServerRun("8", "toy/dense", "rank")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("W&B has 7 of the 8 confirmation runs that belong to ent/ours: ")
+    assert said[1].startswith("W&B has 0 of the 2 confirmation runs that belong to ent/theirs: ")
+    assert all(line in text(view) for line in said)
+    for number, group in enumerate(["toy/dense", "other/dst@0.05", "other/dst@0.05"], 7):
+        server.runs[str(number)] = ServerRun(str(number), group, "confirm")
+    server.runs["10"] = ServerRun("10", "toy/dense", "rank")
     save(storage)
     assert capsys.readouterr().err == ""
     assert "confirmation runs that belong" not in text(view)
@@ -283,6 +290,72 @@ def test_the_command(server: WandbServer, storage: Path) -> None:
     assert done.stderr == ""
     assert "unfinished" in text(view)
     assert len(blocks(view, "panel-grid")) == 3  # searches alone
+
+
+@pytest.mark.slow
+def test_its_filters_find_the_runs(server: WandbServer, tmp_path: Path) -> None:
+    """A sweep and its confirmation, sent by the real client; then what each runset selects."""
+    words = ["density=0.2,0.5", "trials=4", "name=toy", "wandb.project=ours"]
+    path = confirmed(told(tmp_path, ["set"], *words), "seeds=2", "top=2")
+    online = sweep.Extension(places={"wandb.mode": "online"})
+    with sweep.opened(tmp_path, "toy", online) as members:
+        send(sweep.Recording(members, "toy", path))
+    with confirm.begun(tmp_path, "toy", confirm.Asked(), online) as confirmations:
+        send(confirm._Recording(confirmations, "toy"))
+    done = report(tmp_path, "--wandb", "ent/ours")
+    assert done.exit_code == 0
+    assert done.stderr == ""  # W&B has all confirmation runs
+    (view,) = server.reports.values()
+    everything, *levels, first, second = blocks(view, "panel-grid")
+    jobs = [run.job_type for run in server.runs.values()]
+    assert {job: jobs.count(job) for job in jobs} == {"set": 8, "rank": 8, "confirm": 8}
+    assert [len(selected(server, grid)) for grid in levels] == [4, 4]
+    assert selected(server, everything) == selected(server, levels[0]) | selected(server, levels[1])
+    for name in selected(server, everything):
+        run = server.runs[name]
+        assert run.job_type == "confirm"
+        assert run.summary["test/accuracy"] > 0.8
+        assert {"train/loss", "density/all", "density/layer/fc1.weight"} <= set(run.history[0])
+    for grid, density in ((first, 0.2), (second, 0.5)):
+        runs = [server.runs[name] for name in selected(server, grid)]
+        assert len(runs) == 4
+        assert {run.job_type for run in runs} == {"set"}
+        assert {run.config["density"]["value"] for run in runs} == {density}
+        (_, parallel), _, (_, history) = panels(grid)
+        accessors = [column["accessor"] for column in parallel["columns"]]
+        for accessor in [*accessors, history["xAxis"], history["yAxis"]]:
+            assert any(value(run, accessor) is not None for run in runs), accessor
+
+
+def value(run: ServerRun, accessor: str) -> Any:
+    """What W&B has of the run under config:KEY.value.INNER_KEY or summary:NAME."""
+    section, _, key = accessor.partition(":")
+    if section == "summary":
+        return run.summary.get(key)
+    found: Any = run.config
+    for part in key.split("."):
+        found = (found or {}).get(part)
+    return found
+
+
+def send(recording: sweep.Recording) -> None:
+    recording.send(last=True)
+    assert recording.tracker.close() is None
+    assert recording.tracker.problems == []
+
+
+def selected(server: WandbServer, grid: dict[str, Any]) -> set[str]:
+    """Ids of the runs that the grid's one runset shows."""
+    (runset,) = grid["metadata"]["runSets"]
+    wanted = filters(runset)
+
+    def has(run: ServerRun) -> dict[str, Any]:
+        member = run.config["member"]["value"]
+        found = {"run.jobType": run.job_type, "run.group": run.group}
+        return found | {"config.member.value": member}
+
+    runs = server.runs.values()
+    return {run.name for run in runs if all(has(run)[key] in wanted[key] for key in wanted)}
 
 
 @pytest.mark.parametrize(
