@@ -62,7 +62,7 @@ def by_level(comparison: Comparison) -> dict[str, list[Cell]]:
     cells = {cell.name: cell for cell in comparison.cells}
     found = {}
     for level, names in comparison.levels.items():
-        title = f"{1 - float(level):.4g} sparsity (density {level})"
+        title = f"{1 - float(level):.4g} sparsity (density {level}), with 95 % intervals"
         if comparison.match == "flops":
             title = f"FLOPs as at density {level}"
         at = [cells[name] for name in names]
@@ -73,11 +73,10 @@ def by_level(comparison: Comparison) -> dict[str, list[Cell]]:
 
 
 def percent(interval: Interval | None) -> str:
-    """97.31 [97.10, 97.52]; one with no estimate is a dash."""
+    """97.31 ±0.21, of an interval that is as wide on either side; without an estimate a dash."""
     if interval is None:
         return "-"
-    value, low, high = (100 * each for each in interval)
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{100 * interval.value:.2f} ±{50 * (interval.high - interval.low):.2f}"
 
 
 def number(value: float | None) -> str:
@@ -96,8 +95,8 @@ def _cells(title: str, cells: list[Cell]) -> Section:
         left=("method", "note"),
     )
     costs = _table(
-        ("method", "FLOPs/image", "training", "gradient", "trials", "epochs", "device-s",
-         "stopped", "diverged", "failed", "confirm-s"),
+        ("method", "FLOPs/image", "train", "gradient", "trials", "stopped/div./failed",
+         "epochs", "device-s", "confirm-s"),
         left=("method", "gradient"),
     )  # fmt: skip
     for cell in cells:
@@ -115,8 +114,9 @@ def _cells(title: str, cells: list[Cell]) -> Section:
             {"never": "sparse", "at_update": "dense at updates", "always": "dense"}[
                 cell.dense_gradient
             ],
-            str(tuning.asked), str(tuning.epochs), f"{tuning.device_seconds:.0f}",
-            *(str(tuning.trials[s]) for s in ("stopped", "diverged", "failed")),
+            str(tuning.asked),
+            "/".join(str(tuning.trials[s]) for s in ("stopped", "diverged", "failed")),
+            str(tuning.epochs), f"{tuning.device_seconds:.0f}",
             f"{line.device_seconds:.0f}" if line else "-",
         )  # fmt: skip
     return Section(title, [results, costs], [])

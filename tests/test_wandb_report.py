@@ -202,12 +202,8 @@ def test_what_is_saved(server: WandbServer, storage: Path) -> None:
 
     # The figures that `compare` prints.
     assert "At density 0.05: 1. rigl 98.00, 2. set 97.31" in text(view)
-    assert "| set | 97.31 [97.10, 97.52] | 97.31 [97.10, 97.52] | 96.00 [95.00, 97.00] |" in text(
-        view
-    )
-    assert "| dst | - | 97.31 [97.10, 97.52] | - | 0.0500 | 0.0500 | 13.3 k | infeasible |" in text(
-        view
-    )
+    assert "| set | 97.31 ±0.21 | 97.31 ±0.21 | 96.00 ±1.00 |" in text(view)
+    assert "| dst | - | 97.31 ±0.21 | - | 0.0500 | 0.0500 | 13.3 k | infeasible |" in text(view)
     assert "| 0.05 | set - rigl | - | 0.20 [0.10, 0.30] | - |" in text(view)
     assert "| 4 | seeds | broken | 2 of them |" in text(view)
     assert "none of its trials is \\<within\\> its bounds" in text(view)
