@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["trainable"]
+__all__ = ["load", "trainable"]
 
 
 def __getattr__(name: str) -> Any:
@@ -13,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from sparsetune.alone import trainable
 
         return trainable
+    if name == "load":
+        from sparsetune.frames import load
+
+        return load
     raise AttributeError(f"module 'sparsetune' has no attribute '{name}'")

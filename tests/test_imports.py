@@ -15,7 +15,7 @@ ROOT = Path(sparsetune.__file__).parent
 ORDER = [
     {"cli"},
     {"compare", "wandb_report"},
-    {"fairness"},
+    {"fairness", "frames", "export", "dashboard"},
     {"confirm"},
     {"sweep"},
     {"cluster"},
@@ -51,7 +51,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}
 ALLOWED = {  # who may import what the trainer's machine may lack
     "ray": {"cluster", "fleet", "trial", "alone", "search.searcher", "search.scheduler"},
-    "optuna": {"cli", "member", "space", "search.study"},
+    "optuna": {"cli", "dashboard", "member", "space", "search.study"},
     "wandb": {"tracking", "wandb_report"},
     "omegaconf": {"config", "space"},
 }
