@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -273,6 +274,66 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not -1e308 < value < 1e308 else value
+
+
+@main.command()
+@click.option("--port", type=int, default=8080, show_default=True, help="0: any that is free.")
+@WORDS
+def dashboard(words: tuple[str, ...], port: int) -> None:
+    """A sweep in optuna-dashboard, also while it runs; end with Ctrl-C.
+
+    \b
+    sparsetune dashboard NAME [--port 8080] [storage=FOLDER]
+    Shows a copy, on this machine alone: what is done there does not reach the sweep. Needs:
+    pip install 'sparsetune[dashboard]'
+    """
+    from sparsetune import dashboard as shown
+
+    with user_errors():
+        storage, names = _names(words)
+        if len(names) > 1:
+            raise ValueError(f"name: give one, not {len(names)}: {' '.join(names)}")
+        shown.serve(storage, names[0], port)
+
+
+@main.command()
+@click.option("--trial", default="best", help="A trial's number; best, as in status, by default.")
+@click.option("--wandb", "to_wandb", is_flag=True, help="Also log FILE as a W&B artifact.")
+@WORDS
+def export(words: tuple[str, ...], trial: str, to_wandb: bool) -> None:
+    """Write a trial of a member to FILE: weights, masks, configuration, metrics.
+
+    \b
+    sparsetune export NAME FILE [--trial N|best] [--wandb] [storage=FOLDER]
+
+    \b
+    It is read, here from best.pt, by:
+      import torch
+      from sparsetune.models import build
+      from sparsetune.settings import ModelSettings
+
+    \b
+      saved = torch.load("best.pt", weights_only=True)
+      model = build(ModelSettings(**saved["config"]["model"]), *saved["network"])
+      model.load_state_dict(saved["state_dict"])
+
+    \b
+    After model.eval() it takes images in 0..1 from which saved["normalization"]["mean"] is
+    subtracted, and which are then divided by saved["normalization"]["deviation"], per channel.
+    """
+    from sparsetune import export as exporting
+
+    with user_errors():
+        own = [word for word in words if "=" not in word]
+        if len(own) != 2:
+            raise ValueError("export: give NAME FILE, a sweep of one member, or SWEEP/MEMBER")
+        given = _named((own[0], *(w for w in words if "=" in w)), {"wandb.mode"})
+        file = Path(own[1])
+        member, exported = exporting.export(given["storage"], given["name"], trial, file)
+        click.echo(f"{file}: trial {exported['trial']} of {member.name}")
+        if to_wandb:
+            mode = given.get("wandb.mode")
+            click.echo(f"{file} is {exporting.to_wandb(member, exported, file, mode)}")
 
 
 @main.command()

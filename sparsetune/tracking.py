@@ -39,6 +39,7 @@ from wandb.sdk.lib import wbauth
 from sparsetune.settings import WANDB_MODES, WandbSettings
 
 QUEUED = 20_000  # events waiting at most, some 40 MB; what comes on top is left to the next resume
+UPLOAD_SECONDS = 3600  # for a file
 FLUSH_SECONDS = 0.05  # wandb-core dies at once with its driver and loses what it has not flushed
 Config = dict[str, Any]
 
@@ -171,12 +172,10 @@ class Tracker:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._problem(f"not everything recorded in {timeout:.0f} s; a resume completes it")
-        runs = self.folder / "wandb"
-        files = runs.glob("offline-run-*/run-*.wandb")
+        files = (self.folder / "wandb").glob("offline-run-*/run-*.wandb")
         if all(file.with_suffix(".wandb.synced").exists() for file in files):
             return None
-        program = "wandb" if shutil.which("wandb") else str(Path(sys.executable).with_name("wandb"))
-        return f"{shlex.quote(program)} sync {shlex.quote(str(runs))}"
+        return sync_command(self.folder / "wandb")
 
     def _put(self, action: Any, member: str, number: int, *given: Any) -> None:
         run = run_id(self.sweep_id, member, number)
@@ -236,17 +235,7 @@ class Tracker:
         self._open[run] = _Open(self._init(run, "offline", given), last["offline"])
 
     def _init(self, run: str, mode: Any, given: dict[str, Any]) -> wandb.Run:
-        wait = float(os.environ.get("WANDB_INIT_TIMEOUT") or 30)
-        chosen: dict[str, Any] = {"silent": True, "console": "off", "disable_git": True}
-        chosen |= {"init_timeout": wait, "finish_timeout": wait, "finish_timeout_raises": True}
-        chosen |= {"x_disable_stats": True, "x_disable_meta": True, "x_save_requirements": False}
-        chosen |= {"x_transaction_log_flush_interval": FLUSH_SECONDS}
-        known = wandb.Settings.model_fields  # x_ settings come and go with versions
-        chosen = {key: chosen[key] for key in chosen if key in known}
-        given = given | {"id": run, "resume": "allow", "reinit": "create_new", "mode": mode}
-        given |= {"project": self.settings.project, "entity": self.settings.entity or None}
-        given |= {"tags": self.settings.tags or None, "dir": str(self.folder)}
-        return wandb.init(settings=wandb.Settings(**chosen), allow_val_change=True, **given)
+        return _init(self.settings, self.folder, mode, given | {"id": run, "resume": "allow"})
 
     def _log(self, run: str, epoch: int, metrics: dict[str, float]) -> None:
         opened = self._open[run]
@@ -271,3 +260,47 @@ class Tracker:
                 noted = {"id": run, "status": status} | ({"retries": retries} if retries else {})
                 file.write("\n" + json.dumps(noted))
             self._recorded[run] = status, retries
+
+
+def log_file(
+    settings: WandbSettings, folder: Path, file: Path, called: str, about: Config, given: Config
+) -> str:
+    """Logs `file` as an artifact that is `called` so, by a run of its own; says where it is.
+
+    ValueError where W&B is disabled or does not take it.
+    """
+    mode = resolve_mode(settings)
+    if mode == "disabled":
+        raise ValueError("wandb: is disabled for this sweep; give wandb.mode=online or offline")
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", called), "model", metadata=about)
+    artifact.add_file(str(file))
+    try:
+        run = _init(settings, folder, mode, given)
+        with run:
+            logged = run.log_artifact(artifact)
+            if mode == "online":
+                logged.wait(timeout=UPLOAD_SECONDS)
+    except (wandb.Error, TimeoutError) as error:
+        raise ValueError(f"wandb: the artifact was not taken ({error})") from error
+    if mode == "online":
+        return f"in W&B as {logged.qualified_name}"
+    return f"recorded offline; upload it by: {sync_command(Path(run.dir).parent)}"
+
+
+def sync_command(runs: Path) -> str:
+    program = "wandb" if shutil.which("wandb") else str(Path(sys.executable).with_name("wandb"))
+    return f"{shlex.quote(program)} sync {shlex.quote(str(runs))}"
+
+
+def _init(settings: WandbSettings, folder: Path, mode: Any, given: Config) -> wandb.Run:
+    wait = float(os.environ.get("WANDB_INIT_TIMEOUT") or 30)
+    chosen: dict[str, Any] = {"silent": True, "console": "off", "disable_git": True}
+    chosen |= {"init_timeout": wait, "finish_timeout": wait, "finish_timeout_raises": True}
+    chosen |= {"x_disable_stats": True, "x_disable_meta": True, "x_save_requirements": False}
+    chosen |= {"x_transaction_log_flush_interval": FLUSH_SECONDS}
+    known = wandb.Settings.model_fields  # x_ settings come and go with versions
+    chosen = {key: chosen[key] for key in chosen if key in known}
+    given = given | {"reinit": "create_new", "mode": mode, "dir": str(folder)}
+    given |= {"project": settings.project, "entity": settings.entity or None}
+    given |= {"tags": settings.tags or None}
+    return wandb.init(settings=wandb.Settings(**chosen), allow_val_change=True, **given)

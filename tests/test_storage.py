@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import click.testing
+import optuna
 import pytest
 from s3_server import BUCKET, S3Server
 from test_journal import end, report, suggest
 from test_sweep import TOY, check_complete, reports, run, start
+from told_sweep import EPOCHS, told
 from wandb_files import read_runs
 
+import sparsetune
 from sparsetune import checkpoint, files, sweep
 from sparsetune.cli import main
+from sparsetune.dashboard import Copy
 from sparsetune.engine import actor
 from sparsetune.files import S3Path, StorageAway, insist, place, write_whole
 from sparsetune.fleet import ClusterError
@@ -602,3 +606,13 @@ def test_a_full_disk_stops_no_trial(tmp_path: Path, begin: Begin) -> None:
             assert {trial.attempts for trial in trials} == {1}
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_sweep_on_s3_is_loaded(folder: Path, quick: None) -> None:
+    path = told(folder, ["static"], "density=0.2", "trials=2", "name=a")
+    frame = sparsetune.load("a", str(folder))
+    assert list(frame["epoch"]) == [*range(1, EPOCHS + 1)] * 2
+    memory = optuna.storages.InMemoryStorage()
+    Copy(path / "static@0.2", memory).update()
+    [study] = memory.get_all_studies()
+    assert len(memory.get_all_trials(study._study_id)) == 2

@@ -42,6 +42,8 @@ class WandbServer:
         self.reports: dict[str, dict[str, Any]] = {}
         self.operations: list[str] = []
         self.denied = ""  # an error that each report is answered with
+        self.begun: dict[str, Any] = {}
+        self.artifacts: list[dict[str, Any]] = []
         self.busy = 0  # so many of the next uploads of rows are answered 429
         self.away = False  # nobody is answered
         server = self
@@ -133,6 +135,8 @@ class WandbServer:
         if operation == "Viewer":
             viewer = {"id": "u", "entity": "ent", "username": "u", "flags": "{}", "teams": None}
             return {"data": {"viewer": viewer}}
+        if operation.startswith(("Artifact", "CreateArtifact", "CommitArtifact")):
+            return {"data": self.artifact(operation, variables)}
         if operation == "upsertView" and self.denied:
             return {"errors": [{"message": self.denied, "path": ["upsertView"]}], "data": None}
         answer = self.about_reports(operation, variables)
@@ -180,6 +184,36 @@ class WandbServer:
             view |= {"createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z"}
             return {"upsertView": {"view": view, "inserted": given["id"] is None}}
         return None
+
+    def artifact(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """What logging one artifact asks; `artifacts` has those that were committed."""
+        begun, to = self.begun, {"uploadUrl": f"{self.url}/upload", "uploadHeaders": []}
+        if operation == "ArtifactType":
+            return {"project": None}
+        if operation == "CreateArtifact":
+            begun |= variables["input"]
+            sequence = {"id": "s", "latestArtifact": None}
+            artifact = {"id": "a", "state": "PENDING", "artifactSequence": sequence}
+            return {"createArtifact": {"artifact": artifact}}
+        if operation == "CreateArtifactManifest":
+            manifest = {"id": "m", "file": to | {"id": "f", "name": "m", "displayName": "m"}}
+            return {"createArtifactManifest": {"artifactManifest": manifest}}
+        if operation == "CreateArtifactFiles":
+            begun["files"] = [file["name"] for file in variables["input"]["artifactFiles"]]
+            node = to | {"storagePath": "x", "uploadMultipartUrls": None, "artifact": {"id": "a"}}
+            edges = [{"node": node} for _ in begun["files"]]
+            return {"createArtifactFiles": {"files": {"edges": edges}}}
+        if operation == "CommitArtifact":
+            self.artifacts.append(begun)
+            return {"commitArtifact": {"artifact": {"id": "a", "digest": "d"}}}
+        collection = {"name": begun["artifactCollectionName"], "__typename": "ArtifactSequence"}
+        collection["project"] = {"id": "p", "internalId": "1", "name": "p", "entity": {"name": "e"}}
+        known = {"id": "a", "artifactSequence": collection, "artifactType": {"name": "model"}}
+        known |= {"__typename": "Artifact", "versionIndex": 0, "state": "COMMITTED", "tags": []}
+        known |= {"size": 1, "digest": "d", "fileCount": 1, "aliases": [], "ttlIsInherited": False}
+        known |= dict.fromkeys(("description", "metadata", "historyStep", "commitHash"))
+        known |= {"createdAt": "2026-01-01T00:00:00", "updatedAt": None, "ttlDurationSeconds": -1}
+        return {"artifact": known}
 
     @staticmethod
     def resume_status(run: ServerRun) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 from sparsetune.search.journal import Journal, Member, Trial
 
 STATES = {
+    "running": TrialState.RUNNING,
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.PRUNED,
     "diverged": TrialState.FAIL,
@@ -98,7 +99,7 @@ class MemberSearch:
             if trial.status == "running":
                 self._asked[trial.number] = self._again(trial)
             else:
-                self.study.add_trial(self._frozen(trial))
+                self.study.add_trial(frozen(self.member, trial))
 
     @property
     def record(self) -> Member:
@@ -165,9 +166,9 @@ class MemberSearch:
         asked = self._asked.pop(number, None)
         if asked is not None:
             trial = self.record.trials[number]
-            for key, violation in self._constraints(trial).items():
+            for key, violation in _constraints(self.member, trial).items():
                 asked.set_constraint(key, violation)
-            self.study.tell(asked, self._values(trial), STATES[status])
+            self.study.tell(asked, _values(self.member, trial), STATES[status])
 
     def finite(self, metrics: dict[str, float]) -> bool:
         """Whether every objective is a number; a trial where one is not has diverged."""
@@ -214,39 +215,11 @@ class MemberSearch:
             state=TrialState.WAITING, system_attrs={"fixed_params": trial.params, **trial.attrs}
         )
         self.study.add_trial(waiting)
-        asked = self.study.ask(fixed_distributions=self._distributions(trial))
+        asked = self.study.ask(fixed_distributions=_distributions(self.member, trial))
         if len(self.member.objectives) == 1:
             for epoch, metrics, _ in trial.reports:
                 asked.report(metrics.get(self.member.objectives[0], math.nan), step=epoch)
         return asked
-
-    def _frozen(self, trial: Trial) -> optuna.trial.FrozenTrial:
-        """An ended trial as Optuna would hold it had it been there from the start."""
-        intermediate: dict[int, float] = {}
-        if len(self.member.objectives) == 1:
-            name = self.member.objectives[0]
-            intermediate = {e: metrics.get(name, math.nan) for e, metrics, _ in trial.reports}
-        values = self._values(trial)
-        if trial.status == "stopped" and intermediate:
-            values = [intermediate[len(trial.reports)]]
-        return optuna.trial.create_trial(
-            state=STATES[trial.status],
-            values=values,
-            params=trial.params,
-            distributions=self._distributions(trial),
-            system_attrs=dict(trial.attrs),
-            intermediate_values=intermediate,
-            constraints=self._constraints(trial),
-        )
-
-    def _distributions(self, trial: Trial) -> dict[str, BaseDistribution]:
-        """As they were when it was suggested, or as wide as they are now: TPE would leave a key
-        whose ranges differ out of what it searches jointly."""
-        if not self.record.widened:
-            return _from_json(trial.distributions)
-        known = optuna.trial.FixedTrial(trial.params)
-        self.member.ask(known)
-        return known.distributions
 
     def _ask(self, asked: optuna.trial.Trial) -> None:
         params = self.member.ask(asked)
@@ -260,17 +233,49 @@ class MemberSearch:
             return optuna.samplers.RandomSampler(seed)
         return self.member.make_sampler(seed)
 
-    def _values(self, trial: Trial) -> list[float] | None:
-        if trial.status != "finished":
-            return None
-        return [trial.reports[-1].metrics[name] for name in self.member.objectives]
 
-    def _constraints(self, trial: Trial) -> dict[str, float]:
-        """Where Optuna 5 reads feasibility (its `constraints_func` argument is deprecated)."""
-        if self.member.constraint is None or trial.status not in ("finished", "stopped"):
-            return {}
-        violation = float(self.member.constraint(trial.reports[-1].metrics))
-        return {"constraint": math.inf if math.isnan(violation) else violation}
+def frozen(member: SearchMember, trial: Trial) -> optuna.trial.FrozenTrial:
+    """The trial as Optuna would hold it had it been there from the start."""
+    intermediate: dict[int, float] = {}
+    if len(member.objectives) == 1:
+        name = member.objectives[0]
+        intermediate = {e: metrics.get(name, math.nan) for e, metrics, _ in trial.reports}
+    values = _values(member, trial)
+    if trial.status == "stopped" and intermediate:
+        values = [intermediate[len(trial.reports)]]
+    return optuna.trial.create_trial(
+        state=STATES[trial.status],
+        values=values,
+        params=trial.params,
+        distributions=_distributions(member, trial),
+        system_attrs=dict(trial.attrs),
+        intermediate_values=intermediate,
+        constraints=_constraints(member, trial),
+    )
+
+
+def _distributions(member: SearchMember, trial: Trial) -> dict[str, BaseDistribution]:
+    """As they were when it was suggested, or as wide as they are now: TPE would leave a key
+    whose ranges differ out of what it searches jointly."""
+    if not member.record.widened or not trial.in_study:
+        return _from_json(trial.distributions)
+    known = optuna.trial.FixedTrial(trial.params)
+    member.ask(known)
+    return known.distributions
+
+
+def _values(member: SearchMember, trial: Trial) -> list[float] | None:
+    if trial.status != "finished":
+        return None
+    return [trial.reports[-1].metrics[name] for name in member.objectives]
+
+
+def _constraints(member: SearchMember, trial: Trial) -> dict[str, float]:
+    """Where Optuna 5 reads feasibility (its `constraints_func` argument is deprecated)."""
+    if member.constraint is None or trial.status not in ("finished", "stopped"):
+        return {}
+    violation = float(member.constraint(trial.reports[-1].metrics))
+    return {"constraint": math.inf if math.isnan(violation) else violation}
 
 
 def _key(params: dict[str, Any]) -> str:
