@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_sweep import TOY, run
 from told_sweep import EPOCHS, accuracy, confirmed, told
 
 import sparsetune
@@ -105,12 +104,3 @@ def test_what_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         sparsetune.load("a", "ftp://x")
     monkeypatch.setenv("SPARSETUNE_STORAGE", str(tmp_path))
     assert len(sparsetune.load("a")) == EPOCHS
-
-
-def test_a_real_sweep(tmp_path: Path) -> None:
-    run(tmp_path, "sweep", "set", "dense", "density=0.2", "name=toy", "trials=3", *TOY)
-    frame = sparsetune.load("toy", tmp_path / "sweeps")
-    for member in ("set@0.2", "dense"):
-        check_equal(frame, tmp_path / "sweeps/toy" / member)
-    best = frame[frame["epoch"] == 3].groupby(["method", "density"])["val/accuracy"].agg(["max"])
-    assert list(best.index) == [("dense", 1.0), ("set", 0.2)]
