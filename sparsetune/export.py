@@ -111,7 +111,8 @@ def to_wandb(member: Member, exported: Exported, file: Path, mode: str | None) -
     """Logs the file as an artifact by a run of its own, of job type export; says where it is."""
     from sparsetune.tracking import log_file
 
-    settings = dataclasses.replace(member.settings.wandb, **({"mode": mode} if mode else {}))
+    wandb = member.settings.wandb
+    settings = dataclasses.replace(wandb, mode=mode or wandb.mode)
     about = {key: exported[key] for key in ("member", "trial", "metrics", "versions")}
     given = {
         "job_type": "export",
