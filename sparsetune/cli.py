@@ -18,6 +18,12 @@ import click
 from rich.table import Table
 
 WORDS = click.argument("words", nargs=-1, type=click.UNPROCESSED)
+MATCH = click.option(
+    "--match",
+    type=click.Choice(["density", "flops"]),
+    default="density",
+    help="Compare at equal density, or at nearly equal FLOPs of inference.",
+)
 
 
 @contextmanager
@@ -337,8 +343,7 @@ def export(words: tuple[str, ...], trial: str, to_wandb: bool) -> None:
 
 
 @main.command()
-@click.option("--match", type=click.Choice(["density", "flops"]), default="density",
-              help="Compare at equal density, or at nearly equal FLOPs of inference.")  # fmt: skip
+@MATCH
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--csv", "csv_file", type=click.Path(dir_okay=False), help="Also write all runs there."
@@ -386,25 +391,41 @@ def _names(words: tuple[str, ...]) -> tuple[Any, list[str]]:
 
 
 @main.command()
+@MATCH
+@click.option("--html", "html_file", metavar="FILE", type=click.Path(dir_okay=False),
+              help="The page to write, NAME.html by default.")  # fmt: skip
 @click.option("--wandb", "target", metavar="ENTITY/PROJECT",
               help="Save it there as a W&B report, the same one each time.")  # fmt: skip
 @WORDS
-def report(words: tuple[str, ...], target: str | None) -> None:
-    """A comparison as a report.
+def report(
+    words: tuple[str, ...],
+    match: Literal["density", "flops"],
+    html_file: str | None,
+    target: str | None,
+) -> None:
+    """A comparison as a page of its own, or as a W&B report.
 
     \b
-    sparsetune report NAME [NAME ...] [--wandb ENTITY/PROJECT]
+    sparsetune report NAME [NAME ...] [--match density|flops] [--html FILE] [--wandb ENTITY/PROJECT]
+    The page needs no network: one file, with tables, pictures and the rules. With --wandb alone
+    there is none.
     """
     from sparsetune import compare as comparing
+    from sparsetune import report as html
 
     with user_errors():
         storage, names = _names(words)
-        if target is None:
-            raise ValueError("report: say where it goes: --wandb ENTITY/PROJECT")
-        from sparsetune import wandb_report  # ValueError without the extra `report`
+        if target is not None:
+            from sparsetune import wandb_report  # ValueError without the extra `report`
 
-        place = wandb_report.place(target)
-        click.echo(wandb_report.save(comparing.compare(storage, names), storage, *place))
+            place = wandb_report.place(target)
+        found = comparing.compare(storage, names, match)
+        if html_file or target is None:
+            file = Path(html_file or f"{'-'.join(names).replace('/', '-')}.html")
+            html.write(file, found, storage)
+            click.echo(f"{file.resolve()}")
+        if target is not None:
+            click.echo(wandb_report.save(found, storage, *place))
 
 
 @main.command()

@@ -14,7 +14,10 @@ import sparsetune
 ROOT = Path(sparsetune.__file__).parent
 ORDER = [
     {"cli"},
-    {"compare", "wandb_report"},
+    {"compare", "report", "wandb_report"},
+    {"searches"},
+    {"pictures"},
+    {"charts"},
     {"fairness", "frames", "export", "dashboard"},
     {"confirm"},
     {"sweep"},
@@ -51,7 +54,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}
 ALLOWED = {  # who may import what the trainer's machine may lack
     "ray": {"cluster", "fleet", "trial", "alone", "search.searcher", "search.scheduler"},
-    "optuna": {"cli", "dashboard", "member", "space", "search.study"},
+    "optuna": {"cli", "dashboard", "member", "searches", "space", "search.study"},
     "wandb": {"tracking", "wandb_report"},
     "omegaconf": {"config", "space"},
 }
