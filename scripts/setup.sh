@@ -28,3 +28,12 @@ setup_moto() {
     "moto[s3]==5.2.5" flask flask-cors
   touch "$stamp"
 }
+
+# The browser of one test, which is skipped without it.
+setup_chromium() {
+  command -v chromium > /dev/null && return
+  timeout 60 apt-get update -qq > /dev/null 2>&1 &&
+    DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install -y -qq --no-install-recommends \
+      chromium fonts-dejavu-core > /dev/null 2>&1 ||
+    echo "Without Chromium: it cannot be installed here." >&2
+}
