@@ -59,7 +59,10 @@ class Results:
         means = [cell.mean.value for cell in drawn if cell.mean]
         papers = [cell.paper_mean.value for cell in drawn if cell.paper_mean]
         asked = sorted({cell.density for cell in drawn if cell.density is not None})
-        x = around([_density(c) for c in drawn if c not in self.dense] or [1.0], log=True, room=0.1)
+        sparser = [cell for cell in drawn if cell not in self.dense]
+        ways = [_density(cell) for cell in sparser]
+        ways += [_density(cell, "paper") for cell in sparser if cell.paper_mean]
+        x = around(ways or [1.0], log=True, room=0.1)
         x = Axis(x.high, x.low, "sparsity of all weights (log of density)", True, sparsity, asked)
         ends = [end for cell in drawn if cell.mean for end in (cell.mean.low, cell.mean.high)]
         y = window(means, [*ends, *papers], "test accuracy, %")
@@ -79,8 +82,8 @@ class Results:
                 known.sort(key=lambda each: -_density(each, kind))
                 able = [each for each in known if each.state == "confirmed"]
                 values = [mean.value for each in able if (mean := _mean(each, kind))]
-                ways = [_density(each, kind) for each in able]
-                chart.line(look, ways, values, kind, "" if kind else look.name, shift)
+                at = [_density(each, kind) for each in able]
+                chart.line(look, at, values, kind, "" if kind else look.name, shift)
                 for each in known:
                     mean = _mean(each, kind)
                     assert mean is not None
@@ -278,7 +281,7 @@ def window(values: Sequence[float], more: Sequence[float], label: str) -> Axis:
     reach = 3 * max(top - middle, 0.005)
     near = [*known, *(v for v in more if math.isfinite(v))]
     least = max(min(near), middle - reach)
-    most = min(max(near), top + reach)
+    most = min(max(near), top + reach, max(top, 1.0))
     return around([least, most], label, form=as_percent)
 
 

@@ -62,7 +62,7 @@ def by_level(comparison: Comparison) -> dict[str, list[Cell]]:
     cells = {cell.name: cell for cell in comparison.cells}
     found = {}
     for level, names in comparison.levels.items():
-        title = f"{1 - float(level):.4g} sparsity (density {level}), with 95 % intervals"
+        title = f"{100 * (1 - float(level)):.4g} % sparse (density {level})"
         if comparison.match == "flops":
             title = f"FLOPs as at density {level}"
         at = [cells[name] for name in names]
@@ -91,7 +91,16 @@ def number(value: float | None) -> str:
 
 def _cells(title: str, cells: list[Cell]) -> Section:
     results = _table(
-        ("method", "test %", "IQM %", "paper's %", "density", "of sparse", "weights", "note"),
+        (
+            "method",
+            "test, ± 95 %",
+            "IQM, ± 95 %",
+            "paper's",
+            "density",
+            "of sparse",
+            "weights",
+            "note",
+        ),
         left=("method", "note"),
     )
     costs = _table(
@@ -104,16 +113,14 @@ def _cells(title: str, cells: list[Cell]) -> Section:
         density = [_share(line, "density"), _share(line, "density_sparse")]
         state = "" if cell.state == "confirmed" else cell.state
         results.add_row(
-            cell.space, percent(cell.mean), percent(cell.iqm), percent(cell.paper_mean),
+            escape(cell.space), percent(cell.mean), percent(cell.iqm), percent(cell.paper_mean),
             *density, number(line.parameters if line else None), state,
         )  # fmt: skip
         tuning = cell.tuning
         costs.add_row(
-            cell.space, number(line.flops_inference if line else None),
+            escape(cell.space), number(line.flops_inference if line else None),
             number(line.flops_train if line else None),
-            {"never": "sparse", "at_update": "dense at updates", "always": "dense"}[
-                cell.dense_gradient
-            ],
+            _gradient(cell),
             str(tuning.asked),
             "/".join(str(tuning.trials[s]) for s in ("stopped", "diverged", "failed")),
             str(tuning.epochs), f"{tuning.device_seconds:.0f}",
@@ -127,6 +134,15 @@ def _table(headings: Iterable[str], left: Iterable[str]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
     return table
+
+
+def _gradient(cell: Cell) -> str:
+    """Of how many weights training needs the gradient."""
+    if cell.method == "dense":
+        return "dense"
+    kinds = {"never": "sparse", "at_update": "dense at updates", "always": "dense"}
+    dense_first = cell.begins == "dense" and cell.dense_gradient == "never"
+    return "dense at first" if dense_first else kinds[cell.dense_gradient]
 
 
 def _share(line: Line | None, name: str) -> str:
