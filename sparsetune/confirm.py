@@ -518,6 +518,11 @@ def _close(folder: Path, confirmations: list[Confirmation], upload: str | None, 
         record, name = one.runs.journal.record, one.search.member.name
         if not one.header["candidates"]:
             print(f"{name}: infeasible, no finished trial within its bounds; not confirmed")
+        for number in sorted(each for each in _winners(one) if each is not None):
+            found = [t.test for t in _tested(one) if t.test and role(t)[1] == number]
+            if tests := [test["test/accuracy"] for test in found]:
+                mean = statistics.fmean(tests)
+                print(f"{name}: trial {number}, test accuracy {mean:.2%} over {len(tests)} seeds")
         for trial in record.trials.values():
             if trial.status == "failed":
                 failed = True

@@ -133,7 +133,7 @@ class Member:
         density = params.get("density", self.density)
         parts = [self.space.name, *([] if density is None else [f"d{density:.3g}"])]
         parts += [f"{key.rpartition('.')[2]}{value:.2g}" for key, value in own.items()]
-        return "-".join([*parts, f"s{self.settings.seed}"])
+        return "-".join([*parts, f"s{params.get('seed', self.settings.seed)}"])
 
     def to_header(self) -> dict[str, Any]:
         """For the journal's first event; `from_header` makes the same member of it."""

@@ -159,6 +159,8 @@ def test_a_killed_confirmation_goes_on(tmp_path: Path) -> None:
         ("toy/dense", "confirm"): 2,
         ("toy/dense paper", "confirm"): 2,
     }
+    names = sorted(one.name.rpartition("-")[2] for one in groups["toy/set@0.3", "confirm"])
+    assert names == ["s1001", "s1002"]
     for one in groups["toy/set@0.3", "confirm"]:
         assert one.steps == [1, 2, 3]
         assert one.summary["test/accuracy"] in [
