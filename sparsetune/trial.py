@@ -22,7 +22,8 @@ ENGINE_SECONDS = 120.0  # how long an engine that was lost may take to come back
 
 
 class Moved(Exception):
-    """The trial's engine has gone with its node: the searcher gives the trial to another one."""
+    """The trial's engine has gone with its node, or does not answer: that is no failure of the
+    trial, and the searcher gives it to whichever engine has room."""
 
 
 def _attempts(folder: Path, generation: int) -> list[str]:
@@ -97,7 +98,7 @@ def sweep_trial(config: dict[str, Any]) -> None:
             for record in records:
                 tune.report({**record, "attempt": attempt})
     except Moved:
-        # The engine died of its node, not of the trial.
+        # Whatever became of the engine, it was not the trial.
         insist(lambda: (folder / "alone").unlink(missing_ok=True))
         insist(lambda: _note_attempts(folder, about["generation"], earlier))
         tune.report({"moved": True})
@@ -143,10 +144,12 @@ def _records(
                 ray.exceptions.RayActorError,
                 ray.exceptions.ActorUnschedulableError,
                 KeyError,
-            ):
+            ) as error:
                 # It was killed and starts again, without knowing anybody.
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > ENGINE_SECONDS:
+                    if isinstance(error, ray.exceptions.ActorUnavailableError):
+                        raise Moved from None
                     raise
                 deaths += token > 0
                 engine, token = None, 0

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import ray
 from sparsetune import checkpoint
 from sparsetune.engine.actor import Place, wait_for_company
 from sparsetune.settings import ModelSettings, TrainSettings, TrialSettings, to_dict
-from sparsetune.trial import EngineActor
+from sparsetune.trial import EngineActor, Moved, _records
 
 EPOCHS = 3
 # A network that ends its process, or raises, in the first epoch of trials with a learning rate
@@ -259,3 +260,20 @@ def test_trials_wait_for_company_where_many_epochs_are_under_way() -> None:
     assert wait_for_company(four, three_epochs + three_epochs[:3], 16)
     assert wait_for_company([place(0, waited=1)], three_epochs, 16)
     assert not wait_for_company([place(0, waited=2)], three_epochs, 16)
+
+
+def test_an_engine_that_does_not_answer_is_no_failure_of_the_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As while its process is suspended, or the network is away; a sweep's engines were once."""
+
+    def away(*_: Any) -> None:
+        raise ray.exceptions.ActorUnavailableError("no answer", None)
+
+    engine = SimpleNamespace(attach=SimpleNamespace(remote=lambda *_: None))
+    monkeypatch.setattr("sparsetune.trial.ENGINE_SECONDS", 0.0)
+    monkeypatch.setattr(ray, "get_actor", lambda name: engine)
+    monkeypatch.setattr(ray, "get", away)
+    about = {"member": "m", "number": 0, "engine": "engine-0", "folder": "", "save_every": 1}
+    with pytest.raises(Moved):
+        list(_records({"epochs": 1}, about | {"decisions": []}, suspect=False))
