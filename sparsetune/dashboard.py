@@ -7,6 +7,7 @@ and never written, and the server answers nobody but this machine, and nothing b
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import threading
 import time
@@ -117,6 +118,8 @@ def serve(storage: Path, name: str, port: int) -> None:
         ) from error
     threading.Thread(target=_follow, args=(copies,), daemon=True).start()
     print(f"http://{HOST}:{server.server_port}/dashboard shows {name}; end with Ctrl-C", flush=True)
+    # What starts in the background of a script ignores Ctrl-C otherwise.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with server:
         try:
             server.serve_forever()

@@ -109,7 +109,7 @@ def a_node_goes_and_one_comes(
             trials = journal.load(member).trials.values() if journal.exists(member) else []
             return sum(len(trial.reports) for trial in trials)
 
-        wait_for(lambda: all(reports(member) > 20 for member in members))
+        wait_for(lambda: all(reports(member) > 20 for member in members), 240)
         seen["begin"] = cluster.processes("ray::Engine")
         cluster.kill_node(nodes[0])
         new = cluster.add_node(hidden=mine)
@@ -141,7 +141,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("cluster")
     kinds = "folder s3" if s3_server.find() else "folder"
     words = "nodes_differ_come_and_go", str(folder), kinds
-    done = local_cluster.run(Path(__file__), *words, timeout=400)
+    done = local_cluster.run(Path(__file__), *words, timeout=600)
     output = (folder / "job").read_text() if (folder / "job").exists() else ""
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr + output
     return dict(json.loads(done.stdout))

@@ -482,7 +482,7 @@ BIG = """
         hp={"threshold": 0.001} if method == "dsr" else {},
         epochs=3,
         model=ModelSettings(name="mlp", widths=[20000, 20000]),
-        update=UpdateSettings(every=4),  # once an epoch
+        update=UpdateSettings(every=2),
     )
     trial.optimizer.name = optimizer
     trial.optimizer.lr = 0.001
