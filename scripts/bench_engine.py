@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from sparsetune import data, trainer
 from sparsetune.engine.csr import Csr
 from sparsetune.engine.solo import Solo
 from sparsetune.engine.stacked import Stacked
+from sparsetune.machine import processor
 from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import DataSettings, ModelSettings, OptimizerSettings, TrialSettings
 
@@ -177,14 +177,6 @@ def main() -> None:
                 f"{least:>8} {aim:>5}"
             )
         print(line)
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

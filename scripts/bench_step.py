@@ -11,7 +11,6 @@ torch.optim.SGD and the same resident uint8 data: no masks, no Python of ours. N
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetune import data, models, optim, trainer
+from sparsetune.machine import processor
 from sparsetune.memory import keep_freed_memory
 from sparsetune.methods.update import update_alone, update_keys
 from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
@@ -152,14 +152,6 @@ def main() -> None:
         updates = update_ms(name, source, device, 2 * options.repeats)[1:]
         bound = f"{UPDATE_MS[name]:.0f}" if name in UPDATE_MS else "-"
         print(f"{name:14} {statistics.median(updates):8.1f} {min(updates):7.1f} {bound:>21}")
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 from sparsetune import data, models, statistics
 from sparsetune.comparison import Cell, Comparison, Line, Pair, Rule, Tuning
@@ -27,6 +27,7 @@ from sparsetune.confirm import (
     folder_of,
     role,
     seed_of,
+    serving,
     winner,
 )
 from sparsetune.fairness import Entry, rules
@@ -57,13 +58,12 @@ class _Costs:
 
 def compare(storage: Path, names: list[str], match: Match = "density") -> Comparison:
     """The members of these sweeps beside each other. ValueError for a name that does not exist."""
-    folders = [folder for name in names for folder in member_folders(storage, name)]
     entries = [entry for name in names for entry in _entries(storage, name)]
     entries.sort(key=lambda e: (e.cell.density is None, e.cell.density or 0.0))
     known: dict[str, Any] = {}
     entries = [replace(entry, cell=_costed(entry, known)) for entry in entries]
     cells = [entry.cell for entry in entries]
-    if len({cell.name for cell in cells}) < len(cells) or len(set(folders)) < len(folders):
+    if len({cell.name for cell in cells}) < len(cells):
         raise ValueError(f"name: {' '.join(names)} names a member twice; give each once")
     levels, notes = _levels(cells, match)
     checked = rules(entries, levels, match)
@@ -99,18 +99,32 @@ def _ranked(cells: list[Cell]) -> list[str]:
 # Cells --------------------------------------------------------------------------------------------
 
 
+class _Source(NamedTuple):
+    """Where a cell comes from."""
+
+    folder: Path
+    member: Member
+    record: journal.Member  # of the search
+    runs: journal.Member | None  # of the confirmation
+    target: float | None
+    multiplier: int
+
+    @property
+    def winner(self) -> int | None:
+        if self.runs is None or str(self.target) not in self.runs.header["confirm"]["candidates"]:
+            return None
+        return winner(self.member, self.runs, self.target)
+
+
 def _entries(storage: Path, name: str) -> list[Entry]:
-    folders = member_folders(storage, name)
-    records = [journal.load(folder) for folder in folders]
-    members = [Member.from_header(record.header["member"]) for record in records]
     # A member's scheduling follows from all members of its sweep, named here or not.
-    everybody = [
-        Member.from_header(journal.load(folder).header["member"])
-        for folder in member_folders(storage, name.partition("/")[0])
-    ]
-    scheduling = Sweep("", Path(), everybody).scheduling
+    everybody = member_folders(storage, name.partition("/")[0])
+    headers = [journal.header(folder)["member"] for folder in everybody]
+    scheduling = Sweep("", Path(), [Member.from_header(each) for each in headers]).scheduling
     entries = []
-    for folder, record, member in zip(folders, records, members, strict=True):
+    for folder in member_folders(storage, name):
+        record = journal.load(folder)
+        member = Member.from_header(record.header["member"])
         multipliers = [1, *_multipliers(folder)]
         for multiplier in multipliers:
             runs_folder = folder_of(folder, multiplier)
@@ -118,9 +132,9 @@ def _entries(storage: Path, name: str) -> list[Entry]:
             if multiplier == 1 and runs is None and len(multipliers) > 1:
                 continue
             served = runs.header["confirm"]["densities"] if runs else [member.density]
+            tuning = _tuning(member, record, len(served))
             for target in served:
-                cell = _cell(folder, member, record, runs, target, multiplier)
-                cell = replace(cell, tuning=_tuning(member, record, len(served)))
+                cell = _cell(_Source(folder, member, record, runs, target, multiplier), tuning)
                 entries.append(Entry(cell, member, record, runs, scheduling))
     return entries
 
@@ -133,26 +147,18 @@ def _multipliers(folder: Path) -> list[int]:
     return sorted(int(word) for word in words if word.isdecimal())
 
 
-def _cell(
-    folder: Path,
-    member: Member,
-    record: journal.Member,
-    runs: journal.Member | None,
-    target: float | None,
-    multiplier: int,
-) -> Cell:
+def _cell(source: _Source, tuning: Tuning) -> Cell:
     """The cell with its lines, but without what networks cost."""
-    state, note = _state(folder, member, record, runs, target, multiplier)
+    _, member, record, runs, target, multiplier = source
+    state, note = _state(source)
     chosen = paper = None
     variant: Any = member.settings.variant
-    if runs is not None and (number := _winner(member, runs, target)) is not None:
-        serves = "final" if runs.header["confirm"]["full"] else "rank"
-        chosen = _line(member, record, runs, serves, number)
-        point = [t.number for t in record.trials.values() if t.origin == "start:paper"]
-        if point:
-            paper = _line(member, record, runs, "paper", point[0]) or (
-                chosen if point[0] == number else None
-            )
+    if runs is not None and (number := source.winner) is not None:
+        chosen = _line(record, runs, serving(runs), number)
+        for trial in record.trials.values():
+            if trial.origin == "start:paper":
+                untuned = _line(record, runs, "paper", trial.number)
+                paper = untuned or (chosen if trial.number == number else None)
         trial = record.trials[number]
         variant = member.trial_settings(trial.params, trial.fixed).variant
         over = _over(member, chosen, target)
@@ -175,7 +181,7 @@ def _cell(
         note=note,
         dense_gradient=method.dense_gradient(make_variant(method, variant)),  # type: ignore[arg-type]
         begins=method.begins,  # type: ignore[arg-type]
-        tuning=_tuning(member, record, 1),
+        tuning=tuning,
         chosen=chosen,
         paper=paper,
         mean=statistics.mean(values) if len(values) > 1 else None,
@@ -184,23 +190,11 @@ def _cell(
     )
 
 
-def _winner(member: Member, runs: journal.Member, target: float | None) -> int | None:
-    if str(target) not in runs.header["confirm"]["candidates"]:
-        return None
-    return winner(member, runs, target)
-
-
 State = Literal["confirmed", "infeasible", "unconfirmed", "unfinished"]
 
 
-def _state(
-    folder: Path,
-    member: Member,
-    record: journal.Member,
-    runs: journal.Member | None,
-    target: float | None,
-    multiplier: int,
-) -> tuple[State, str]:
+def _state(source: _Source) -> tuple[State, str]:
+    folder, member, record, runs, target, multiplier = source
     sweep = folder.parent
     if not is_done(record):
         num = sum(trial.status != "running" for trial in record.trials.values())
@@ -231,20 +225,12 @@ def _state(
             f"it was confirmed after {runs.header['confirm']['trials']} trials, and the search has "
             f"{len(record.trials)} by now"
         )
-    if (
-        _winner(member, runs, target) is None
-        or not is_done(runs)
-        or _untested(member, runs, target)
-    ):
+    mine = (serving(runs), source.winner)
+    served = [trial for trial in runs.trials.values() if role(trial) == mine]
+    untested = any(trial.test is None and trial.status == "finished" for trial in served)
+    if not served or untested or not is_done(runs):
         return "unfinished", f"its confirmation is not complete; go on by: {again}"
     return "confirmed", ""
-
-
-def _untested(member: Member, runs: journal.Member, target: float | None) -> bool:
-    serves = "final" if runs.header["confirm"]["full"] else "rank"
-    mine = (serves, _winner(member, runs, target))
-    final = [trial for trial in runs.trials.values() if role(trial) == mine]
-    return not final or any(t.test is None and t.status == "finished" for t in final)
 
 
 def _over(member: Member, line: Line | None, target: float | None) -> float:
@@ -255,9 +241,7 @@ def _over(member: Member, line: Line | None, target: float | None) -> float:
     return excess(member, dict.fromkeys(bounds, -math.inf) | {"density/all": line.density}, target)
 
 
-def _line(
-    member: Member, record: journal.Member, runs: journal.Member, name: str, number: int
-) -> Line | None:
+def _line(record: journal.Member, runs: journal.Member, name: str, number: int) -> Line | None:
     """The runs of a setting under this role, and beside them those that ranked it."""
 
     def of(name: str) -> list[Trial]:
@@ -470,9 +454,6 @@ def _about(entries: list[Entry]) -> dict[str, Any]:
         "seed": first.seed,
         "scheduler": entries[0].scheduling.reason,
         "spaces": {entry.cell.name: entry.member.space.to_dict() for entry in entries},
-        "settings": {
-            entry.cell.name: entry.record.header["member"]["settings"] for entry in entries
-        },
         "newest": max((entry.newest for entry in entries), default=0.0),
     }
 

@@ -128,6 +128,11 @@ def role(trial: Trial) -> tuple[str, int]:
     return name, int(number)
 
 
+def serving(runs: journal.Member) -> str:
+    """The role of the runs that the winner is judged by."""
+    return "final" if runs.header["confirm"]["full"] else "rank"
+
+
 def seed_of(trial: Trial) -> int:
     return int(trial.fixed["seed"])
 
@@ -355,11 +360,11 @@ def _run(one: Confirmation, name: str, number: int, seed: int) -> StartPoint:
 class _Recording(Recording):
     """Confirmation runs in W&B: one per seed, with the test accuracy in its summary."""
 
-    def __init__(self, confirmations: list[Confirmation], sweep: str) -> None:
+    def __init__(self, confirmations: list[Confirmation]) -> None:
         self._confirmations = {one.runs.member.name: one for one in confirmations}
         first = confirmations[0]
         runs = [one.runs for one in confirmations]
-        super().__init__(runs, sweep, wandb_folder(first.search))
+        super().__init__(runs, wandb_folder(first.search))
 
     def about(self, one: OpenMember, trial: Trial) -> tuple[str, str] | None:
         confirmation = self._confirmations[one.member.name]
@@ -374,9 +379,9 @@ class _Recording(Recording):
             return group, "confirm" if number in winners else "rank"
         return group, "confirm" if name == "final" else "rank"
 
-    def complete(self, trial: Trial) -> bool:
+    def complete(self, one: OpenMember, trial: Trial) -> bool:
         tested = trial.test is not None or trial.status != "finished"
-        return tested or not any(trial in _tested(one) for one in self._confirmations.values())
+        return tested or (self.about(one, trial) or ("", ""))[1] == "rank"
 
 
 def _winners(one: Confirmation) -> set[int | None]:
@@ -386,12 +391,12 @@ def _winners(one: Confirmation) -> set[int | None]:
 
 def _tested(one: Confirmation) -> list[Trial]:
     """The finished runs whose test accuracy is to be read."""
-    winners, serves = _winners(one), "final" if one.header["full"] else "rank"
+    record = one.runs.journal.record
+    mine = {(serving(record), number) for number in _winners(one)}
     return [
         trial
-        for trial in one.runs.journal.record.trials.values()
-        if trial.status == "finished"
-        and (role(trial)[0] == "paper" or (role(trial)[0] == serves and role(trial)[1] in winners))
+        for trial in record.trials.values()
+        if trial.status == "finished" and (role(trial)[0] == "paper" or role(trial) in mine)
     ]
 
 
@@ -452,7 +457,7 @@ def run(confirmations: list[Confirmation]) -> int:
     settings = able[0].search.member.settings
     check_cluster(settings.ray, folder)
     note_driver([one.runs for one in able])
-    recording = _Recording(able, folder.name)
+    recording = _Recording(able)
     shown = {one.runs.member.name: (None, one.runs.journal.record) for one in able}
     with Progress(shown) as bar:
         watch = Watch(recording.send, bar)

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import platform
 import shutil
 import sys
 import uuid
@@ -21,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparsetune import changes, config
 from sparsetune.alone import epochs
 from sparsetune.cluster import check_cluster, tune_all
@@ -30,6 +27,7 @@ from sparsetune.data import Dataset
 from sparsetune.data import load as load_data
 from sparsetune.engine.pool import Choice, structure
 from sparsetune.files import S3Path, StorageAway, place
+from sparsetune.machine import hardware
 from sparsetune.member import Member, Scheduling, Sweep, check_machine, engine_choice
 from sparsetune.nodes import needs, users_modules
 from sparsetune.progress import Progress
@@ -251,25 +249,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> str:
-    """This machine's processor and GPUs, for readers."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), name)
-    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-    return ", ".join([f"{os.cpu_count()} cores, {name}", *gpus])
-
-
 class Recording:
     """Sends the journals' events to W&B: what it lacks at the start, then what comes.
 
     It reads the journals and nothing else, so after any interruption the same code back-fills.
     """
 
-    def __init__(self, members: list[OpenMember], sweep: str, folder: Path) -> None:
+    def __init__(self, members: list[OpenMember], folder: Path) -> None:
         header = members[0].journal.record.header
-        self.tracker = Tracker(members[0].member.settings.wandb, header["sweep_id"], sweep, folder)
+        self.tracker = Tracker(members[0].member.settings.wandb, header["sweep_id"], folder)
         self._members = members
         self._sent: dict[str, dict[int, int]] = {one.member.name: {} for one in members}
         self._first_open = {one.member.name: 0 for one in members}
@@ -315,7 +303,7 @@ class Recording:
         for epoch, metrics, _ in trial.reports[sent[number] :]:
             self.tracker.log(name, number, epoch, metrics)
             sent[number] = epoch
-        if trial.status != "running" and self.complete(trial):
+        if trial.status != "running" and self.complete(one, trial):
             found = summary(one.member, trial)
             self.tracker.finish(name, number, trial.status, found, len(trial.failures))
             sent[number] = -1
@@ -324,7 +312,7 @@ class Recording:
         """(group, job type) of the trial's run; None where that is not known yet."""
         return one.member.name.partition("/")[0], one.member.settings.method
 
-    def complete(self, trial: Trial) -> bool:
+    def complete(self, one: OpenMember, trial: Trial) -> bool:
         """Has a trial that has ended all that its run is to hold?"""
         return True
 
@@ -350,7 +338,7 @@ def run(members: list[OpenMember]) -> int:
     if command == "sweep" and not _all_done(members):
         check_cluster(members[0].member.settings.ray, folder)
     note_driver(members)
-    recording = Recording(members, folder.name, wandb_folder(members[0]))
+    recording = Recording(members, wandb_folder(members[0]))
     with Progress({one.member.name: (one.member, one.journal.record) for one in members}) as bar:
         watch = Watch(recording.send, bar)
         for one in members:

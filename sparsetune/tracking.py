@@ -107,8 +107,8 @@ class Tracker:
     until it is started and replayed again, in this process or after a resume.
     """
 
-    def __init__(self, settings: WandbSettings, sweep_id: str, sweep: str, folder: Path) -> None:
-        self.settings, self.sweep_id, self.sweep, self.folder = settings, sweep_id, sweep, folder
+    def __init__(self, settings: WandbSettings, sweep_id: str, folder: Path) -> None:
+        self.settings, self.sweep_id, self.folder = settings, sweep_id, folder
         self.mode = resolve_mode(settings)
         self.problems: list[str] = []
         self._recorded: dict[str, tuple[str, int]] = {}  # run -> status, retries before it

@@ -48,7 +48,7 @@ ORDER = [
     {"data_files"},
     {"methods", "sources"},
     {"statistics"},
-    {"comparison", "files", "imports", "memory", "settings"},
+    {"comparison", "files", "imports", "machine", "memory", "settings"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {"ray", "optuna", "wandb", "omegaconf"}

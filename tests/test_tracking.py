@@ -43,7 +43,7 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def tracker(folder: Path, mode: str = "offline") -> Tracker:
-    return Tracker(WandbSettings(mode=mode, tags=["t"]), "5w33p", "mnist", folder)
+    return Tracker(WandbSettings(mode=mode, tags=["t"]), "5w33p", folder)
 
 
 def start(tracker: Tracker, number: int = 0) -> None:

@@ -295,7 +295,7 @@ def test_its_filters_find_the_runs(server: WandbServer, tmp_path: Path) -> None:
     path = confirmed(told(tmp_path, ["set"], *words), "seeds=2", "top=2")
     online = sweep.Extension(places={"wandb.mode": "online"})
     with sweep.opened(tmp_path, "toy", online) as members:
-        send(sweep.Recording(members, "toy", path))
+        send(sweep.Recording(members, path))
     with confirm.begun(tmp_path, "toy", confirm.Asked(), online) as confirmations:
         send(confirm._Recording(confirmations, "toy"))
     done = report(tmp_path, "--wandb", "ent/ours")
