@@ -297,7 +297,7 @@ def test_its_filters_find_the_runs(server: WandbServer, tmp_path: Path) -> None:
     with sweep.opened(tmp_path, "toy", online) as members:
         send(sweep.Recording(members, path))
     with confirm.begun(tmp_path, "toy", confirm.Asked(), online) as confirmations:
-        send(confirm._Recording(confirmations, "toy"))
+        send(confirm._Recording(confirmations))
     done = report(tmp_path, "--wandb", "ent/ours")
     assert done.exit_code == 0
     assert done.stderr == ""  # W&B has all confirmation runs
