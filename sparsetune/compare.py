@@ -25,6 +25,7 @@ from sparsetune.confirm import (
     command_for,
     excess,
     folder_of,
+    group_of,
     role,
     seed_of,
     serving,
@@ -65,6 +66,8 @@ def compare(storage: Path, names: list[str], match: Match = "density") -> Compar
     cells = [entry.cell for entry in entries]
     if len({cell.name for cell in cells}) < len(cells):
         raise ValueError(f"name: {' '.join(names)} names a member twice; give each once")
+    entries = _told_apart(entries)
+    cells = [entry.cell for entry in entries]
     levels, notes = _levels(cells, match)
     checked = rules(entries, levels, match)
     found = {cell.name: cell for cell in cells}
@@ -85,6 +88,18 @@ def compare(storage: Path, names: list[str], match: Match = "density") -> Compar
         notes=notes,
         about=_about(entries),
     )
+
+
+def _told_apart(entries: list[Entry]) -> list[Entry]:
+    """Spaces that several sweeps have are called by their sweep, too."""
+    sweeps: dict[str, set[str]] = {}
+    for entry in entries:
+        sweeps.setdefault(entry.cell.space, set()).add(entry.cell.sweep)
+
+    def called_apart(cell: Cell) -> str:
+        return f"{cell.sweep}/{cell.space}" if len(sweeps[cell.space]) > 1 else cell.space
+
+    return [replace(e, cell=replace(e.cell, space=called_apart(e.cell))) for e in entries]
 
 
 def _forbidden(checked: list[Rule]) -> bool:
@@ -154,10 +169,10 @@ def _cell(source: _Source, tuning: Tuning) -> Cell:
     chosen = paper = None
     variant: Any = member.settings.variant
     if runs is not None and (number := source.winner) is not None:
-        chosen = _line(record, runs, serving(runs), number)
+        chosen = _line(member, record, runs, serving(runs), number)
         for trial in record.trials.values():
             if trial.origin == "start:paper":
-                untuned = _line(record, runs, "paper", trial.number)
+                untuned = _line(member, record, runs, "paper", trial.number)
                 paper = untuned or (chosen if trial.number == number else None)
         trial = record.trials[number]
         variant = member.trial_settings(trial.params, trial.fixed).variant
@@ -175,6 +190,7 @@ def _cell(source: _Source, tuning: Tuning) -> Cell:
         name=name,
         space=called(member.space.name, multiplier),
         sweep=member.name.partition("/")[0],
+        member=member.name,
         method=method.name,
         density=target,
         state=state,
@@ -241,7 +257,9 @@ def _over(member: Member, line: Line | None, target: float | None) -> float:
     return excess(member, dict.fromkeys(bounds, -math.inf) | {"density/all": line.density}, target)
 
 
-def _line(record: journal.Member, runs: journal.Member, name: str, number: int) -> Line | None:
+def _line(
+    member: Member, record: journal.Member, runs: journal.Member, name: str, number: int
+) -> Line | None:
     """The runs of a setting under this role, and beside them those that ranked it."""
 
     def of(name: str) -> list[Trial]:
@@ -256,6 +274,7 @@ def _line(record: journal.Member, runs: journal.Member, name: str, number: int) 
     trial = record.trials[number]
     return Line(
         trial=number,
+        group=group_of(member, runs, name, number),
         config=trial.params | trial.fixed,
         seeds=[seed_of(each) for each in served],
         statuses=[each.status for each in served],

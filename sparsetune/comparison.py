@@ -24,6 +24,7 @@ class Line:
     """One setting, trained once per confirmation seed. Lists are in the order of `seeds`."""
 
     trial: int  # its number in the search
+    group: str  # of its runs in W&B
     config: dict[str, Any]  # dotted key -> value: what sets it apart in its member
     seeds: list[int]
     statuses: list[str]  # finished | diverged | failed | running, of each seed's run
@@ -58,8 +59,9 @@ class Cell:
     one of those."""
 
     name: str  # "mnist/set@0.05"; with a multiplier "mnist/set@0.05 2x"
-    space: str  # "set": how tables and pictures call it; "set 2x"
+    space: str  # "set": how tables and pictures call it; "set 2x"; "mnist/set" if sweeps share it
     sweep: str
+    member: str  # whose search it comes from: "mnist/set@0.05"
     method: str
     density: float | None  # that was asked for; None: the network as it is (dense)
     state: Literal["confirmed", "infeasible", "unconfirmed", "unfinished"]

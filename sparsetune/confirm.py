@@ -222,6 +222,22 @@ def winner(member: Member, runs: journal.Member, target: float | None) -> int | 
     return int(min(scores)[-1])
 
 
+def group_of(member: Member, runs: journal.Member, name: str, number: int) -> str:
+    """The W&B group of runs of this role: what they serve, such as mnist/set@0.05.
+
+    A setting that a front chooses at several densities serves them all: mnist/dst@0.02,0.05.
+    """
+    asked = runs.header["confirm"]
+    whole = called(member.name, asked["multiplier"])
+    if name == "paper":
+        return f"{whole} paper"
+    if not is_front(member) or name != serving(runs):
+        return whole
+    targets = map(float, asked["candidates"])
+    served = [f"{each:g}" for each in targets if winner(member, runs, each) == number]
+    return f"{whole}@{','.join(served)}" if served else whole
+
+
 def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.fmean(each[key] for each in metrics) for key in metrics[0]}
 
@@ -369,15 +385,13 @@ class _Recording(Recording):
     def about(self, one: OpenMember, trial: Trial) -> tuple[str, str] | None:
         confirmation = self._confirmations[one.member.name]
         name, number = role(trial)
-        group = called(confirmation.search.member.name, confirmation.header["multiplier"])
-        if name == "paper":
-            return f"{group} paper", "confirm"
-        if name == "rank" and not confirmation.header["full"]:
-            winners = _winners(confirmation)
-            if None in winners:
-                return None  # whether it serves as a final run is not known before
-            return group, "confirm" if number in winners else "rank"
-        return group, "confirm" if name == "final" else "rank"
+        winners = _winners(confirmation)
+        if name == "rank" and not confirmation.header["full"] and None in winners:
+            return None  # whether it serves as a final run is not known before
+        record = confirmation.runs.journal.record
+        group = group_of(confirmation.search.member, record, name, number)
+        result = name == "paper" or (name == serving(record) and number in winners)
+        return group, "confirm" if result else "rank"
 
     def complete(self, one: OpenMember, trial: Trial) -> bool:
         tested = trial.test is not None or trial.status != "finished"

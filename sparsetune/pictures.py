@@ -24,11 +24,7 @@ class Results:
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
-        several = len({cell.sweep for cell in comparison.cells}) > 1
-        self.looks = {
-            cell.name: look_of(cell.sweep if several else "", cell.space, cell.method)
-            for cell in comparison.cells
-        }
+        self.looks = {c.name: look_of(comparison, c.space, c.method) for c in comparison.cells}
         self.by_space = {cell.space: self.looks[cell.name] for cell in comparison.cells}
         self.series: dict[Look, list[Cell]] = {}
         for cell in comparison.cells:
@@ -230,10 +226,15 @@ class Results:
         )  # fmt: skip
 
 
-def look_of(sweep: str, space: str, method: str) -> Look:
-    """Of a space (such as "set", "set 2x"): by its own name, or else by its method's and dashed."""
-    name = f"{sweep}/{space}" if sweep else space
-    return Look(name, space) if space in MARKS else Look(name, method, True)
+def look_of(comparison: Comparison, space: str, method: str) -> Look:
+    """Of a space (such as "set", "set 2x", or "mnist/set" where several sweeps have one).
+
+    By its own name; or else by its method's, and dashed; dashed, too, in all sweeps but the first.
+    """
+    sweep, _, own = space.rpartition("/")
+    first = comparison.names[0].partition("/")[0]
+    known = own in MARKS
+    return Look(space, own if known else method, not known or sweep not in ("", first))
 
 
 def sparse(density: float) -> str:

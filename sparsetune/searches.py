@@ -48,14 +48,15 @@ class Search:
 
 
 def load(comparison: Comparison, storage: Path) -> list[Search]:
-    several = len({cell.sweep for cell in comparison.cells}) > 1
+    labels = {cell.space for cell in comparison.cells}
     found = []
     for name in comparison.names:
         for folder in member_folders(storage, name):
             record = journal.load(folder)
             member = Member.from_header(record.header["member"])
-            sweep, called = member.name.partition("/")[0], member.space.name
-            look = look_of(sweep if several else "", called, member.method.name)
+            with_sweep = member.name.partition("@")[0]
+            called = with_sweep if with_sweep in labels else member.space.name
+            look = look_of(comparison, called, member.method.name)
             found.append(Search(member, record, look))
     return found
 

@@ -140,20 +140,14 @@ def _mark(comparison: Comparison, sources: dict[str, _Source]) -> str:
 
 
 def _source(cell: Cell, sources: dict[str, _Source]) -> str:
-    """The project of a cell's runs; cells may be called after a member and a bit more."""
-    return sources[cell.name.partition(" ")[0]].place
+    """The project of a cell's runs."""
+    return sources[cell.member].place
 
 
 def _lines(cells: Iterable[Cell]) -> dict[tuple[str, int], Line]:
-    """What was confirmed, by the group of its runs in W&B and its trial: see `confirm`."""
-    found = {}
-    for cell in cells:
-        group, chosen = cell.name.partition(" to ")[0], cell.chosen
-        if chosen is not None:
-            found[group, chosen.trial] = chosen
-            if cell.paper is not None and cell.paper.trial != chosen.trial:
-                found[f"{group} paper", cell.paper.trial] = cell.paper
-    return found
+    """What was confirmed, by the group of its runs in W&B and its trial."""
+    lines = (line for cell in cells for line in (cell.chosen, cell.paper) if line is not None)
+    return {(line.group, line.trial): line for line in lines}
 
 
 def _groups(cells: Iterable[Cell]) -> list[str]:

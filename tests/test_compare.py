@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from told_sweep import accuracy, confirmed, told
 
-from sparsetune import statistics
+from sparsetune import confirm, statistics
 from sparsetune.compare import compare, write_csv
 from sparsetune.comparison import Cell, Comparison
 from sparsetune.member import Member
@@ -314,7 +314,7 @@ def test_infeasible_members_are_listed_and_not_ranked(
 
 
 def test_one_search_serves_several_densities(tmp_path: Path) -> None:
-    """With density as an objective and twice the trials, DST stands at both densities."""
+    """With density as an objective and thrice the trials, DST stands at three densities."""
 
     def tell(one: Member, trial: Trial, role: str) -> Any:
         found = accuracy(one, trial, role)
@@ -328,22 +328,51 @@ def test_one_search_serves_several_densities(tmp_path: Path) -> None:
             found["val/accuracy"] = 0.5 + found["density/all"] / 2
         return found
 
-    words = ["density=0.1,0.2", "trials=4", "name=a", "scheduler.name=none"]
+    words = ["density=0.1,0.2,0.22", "trials=4", "name=a", "scheduler.name=none"]
     confirmed(told(tmp_path, ["set"], *words), "seeds=3", "top=1")
-    words = ["trials=8", "name=b", "objective=[val/accuracy,density/all]", "scheduler.name=none"]
+    words = ["trials=12", "name=b", "objective=[val/accuracy,density/all]", "scheduler.name=none"]
     front = told(tmp_path, ["dst"], *words, tell=tell)
     with pytest.raises(ValueError, match="say where on it the method is to be compared"):
         confirmed(front, "seeds=3", tell=tell)
-    confirmed(front, "seeds=3", "top=1", "density=0.1,0.2", tell=tell)
+    confirmed(front, "seeds=3", "top=1", "density=0.1,0.2,0.22", tell=tell)
+    runs = journal.load(front / "dst/confirm")
+    # In W&B a run belongs to all densities that it serves: trial 5 has .2, and 6 has .25.
+    one = Member.from_header(journal.header(front / "dst")["member"])
+    roles = {confirm.role(trial) for trial in runs.trials.values()}
+    assert {role: confirm.group_of(one, runs, *role) for role in roles} == {
+        ("final", 3): "b/dst@0.1",
+        ("final", 5): "b/dst@0.2,0.22",
+        ("paper", 0): "b/dst paper",
+    }
     found = compare(tmp_path, ["a", "b"])
     assert broken(found) == set()
     assert found.levels == {
         "0.1": ["a/set@0.1", "b/dst@0.1"],
         "0.2": ["a/set@0.2", "b/dst@0.2"],
+        "0.22": ["a/set@0.22", "b/dst@0.22"],
     }
-    chosen = {c.density: c.chosen.trial for c in found.cells if c.space == "dst" and c.chosen}
-    assert chosen == {0.1: 3, 0.2: 5}
+    dst = {c.density: c.chosen for c in found.cells if c.space == "dst" and c.chosen}
+    assert {density: (line.trial, line.group) for density, line in dst.items()} == {
+        0.1: (3, "b/dst@0.1"),
+        0.2: (5, "b/dst@0.2,0.22"),
+        0.22: (5, "b/dst@0.2,0.22"),
+    }
     assert {each.tuning.asked for each in found.cells} == {4}
+
+
+def test_spaces_of_two_sweeps_are_told_apart(tmp_path: Path) -> None:
+    """Where both have a space, it is called by its sweep; where one has, by its own name."""
+    confirmed(told(tmp_path, ["set", "static"], *SETTLED, "name=a"), "seeds=3", "top=1")
+    confirmed(told(tmp_path, ["set", "rigl"], *SETTLED, "name=b"), "seeds=3", "top=1")
+    found = compare(tmp_path, ["a", "b"])
+    assert {c.name: c.space for c in found.cells} == {
+        "a/set@0.2": "a/set",
+        "a/static@0.2": "static",
+        "b/set@0.2": "b/set",
+        "b/rigl@0.2": "rigl",
+    }
+    assert sorted((found.ranking or {})["0.2"]) == ["a/set", "b/set", "rigl", "static"]
+    assert ("a/set", "b/set") in {(pair.a, pair.b) for pair in found.pairs}
 
 
 def test_start_points_that_change_what_is_shared_are_no_candidates(tmp_path: Path) -> None:

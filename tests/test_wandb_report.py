@@ -33,9 +33,10 @@ RULES = [
 ]
 
 
-def line(trial: int, seeds: tuple[int, ...] = (1001, 1002)) -> Line:
+def line(trial: int, group: str, seeds: tuple[int, ...] = (1001, 1002)) -> Line:
     return Line(
         trial=trial,
+        group=group,
         config={"hp.zeta": 0.3},
         seeds=list(seeds),
         statuses=["finished"] * len(seeds),
@@ -56,9 +57,11 @@ def cell(name: str, density: float | None = 0.05, **given: Any) -> Cell:
     space = stem.partition("@")[0]
     trials = {"finished": 1, "stopped": 0, "diverged": 1, "failed": 0, "running": 0}
     words: dict[str, Any] = {
-        "name": name, "space": space, "sweep": sweep, "method": space, "density": density,
+        "name": name, "space": space, "sweep": sweep, "member": name, "method": space,
+        "density": density,
         "state": "confirmed", "note": "", "dense_gradient": "at_update", "begins": "sparse",
-        "tuning": Tuning(2, trials, 6, 1.5, [0.9, 0.95]), "chosen": line(1), "paper": line(0),
+        "tuning": Tuning(2, trials, 6, 1.5, [0.9, 0.95]), "chosen": line(1, name),
+        "paper": line(0, f"{name} paper"),
         "mean": MEAN, "iqm": MEAN, "paper_mean": Interval(0.96, 0.95, 0.97),
     }  # fmt: skip
     return Cell(**words | given)
@@ -70,7 +73,7 @@ def toy(**given: Any) -> Comparison:
         cell("toy/set@0.05"),
         cell("toy/rigl@0.05", paper=None, mean=Interval(0.98, 0.97, 0.99)),
         cell("other/dst@0.05", state="infeasible", paper=None, mean=None, paper_mean=None),
-        cell("toy/dense", None, paper=line(1)),  # the start point itself did best
+        cell("toy/dense", None, paper=line(1, "toy/dense")),  # the start point itself did best
     ]  # fmt: skip
     words: dict[str, Any] = {
         "names": ["toy", "other/dst@0.05"], "match": "density", "seeds": [1001, 1002],
