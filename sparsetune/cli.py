@@ -228,7 +228,7 @@ def confirm(words: tuple[str, ...], retry_failed: bool) -> None:
 
     with ExitStack() as stack:
         with user_errors():
-            own = [word for word in words if word.partition("=")[0] in confirmation.KEYS]
+            own = [w for w in words if "=" in w and w.partition("=")[0] in confirmation.KEYS]
             asked = confirmation.parse(own)
             given = _named(tuple(w for w in words if w not in own), set(changes.PLACES))
             if "name" not in given:
@@ -368,13 +368,7 @@ def compare(
         storage, names = _names(words)
         found = comparing.compare(storage, names, match)
         if csv_file:
-            try:
-                with open(csv_file, "w", newline="") as file:
-                    comparing.write_csv(found, file)
-            except OSError as error:
-                raise ValueError(
-                    f"csv: '{csv_file}' cannot be written ({error.strerror})"
-                ) from error
+            comparing.save_csv(found, Path(csv_file))
     if as_json:
         click.echo(json.dumps(_finite(dataclasses.asdict(found)), indent=2))
     else:

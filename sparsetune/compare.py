@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from sparsetune import data, models, statistics
-from sparsetune.comparison import Cell, Comparison, Line, Pair, Rule, Tuning
+from sparsetune.comparison import Cell, Comparison, Line, Pair, Rule, Tuning, density_of
 from sparsetune.confirm import (
     SLACK,
     called,
@@ -26,6 +26,7 @@ from sparsetune.confirm import (
     excess,
     folder_of,
     group_of,
+    multiplier_of,
     role,
     seed_of,
     serving,
@@ -82,7 +83,7 @@ def compare(storage: Path, names: list[str], match: Match = "density") -> Compar
         seeds=sorted({seed for cell in cells if cell.chosen for seed in cell.chosen.seeds}),
         cells=cells,
         levels=levels,
-        pairs=[pair for level, at in standing.items() for pair in _pairs(float(level), at)],
+        pairs=[pair for level, at in standing.items() for pair in _pairs(density_of(level), at)],
         rules=checked,
         ranking=None if _forbidden(checked) else {k: _ranked(at) for k, at in standing.items()},
         notes=notes,
@@ -147,19 +148,16 @@ def _entries(storage: Path, name: str) -> list[Entry]:
             if multiplier == 1 and runs is None and len(multipliers) > 1:
                 continue
             served = runs.header["confirm"]["densities"] if runs else [member.density]
-            tuning = _tuning(member, record, len(served))
             for target in served:
+                tuning = _tuning(member, record, target, len(served))
                 cell = _cell(_Source(folder, member, record, runs, target, multiplier), tuning)
-                entries.append(Entry(cell, member, record, runs, scheduling))
+                entries.append(Entry(cell, folder, member, record, runs, scheduling))
     return entries
 
 
 def _multipliers(folder: Path) -> list[int]:
-    names = (path.name for path in inside(folder))
-    words = (
-        name.removeprefix("confirm-").removesuffix("x") for name in names if "confirm-" in name
-    )
-    return sorted(int(word) for word in words if word.isdecimal())
+    found = (multiplier_of(path.name) for path in inside(folder) if journal.exists(path))
+    return sorted(number for number in found if number is not None and number > 1)
 
 
 def _cell(source: _Source, tuning: Tuning) -> Cell:
@@ -203,6 +201,7 @@ def _cell(source: _Source, tuning: Tuning) -> Cell:
         mean=statistics.mean(values) if len(values) > 1 else None,
         iqm=statistics.iqm(values) if len(values) > 1 else None,
         paper_mean=statistics.mean(papers) if len(papers) > 1 else None,
+        multiplier=multiplier,
     )
 
 
@@ -225,6 +224,10 @@ def _state(source: _Source) -> tuple[State, str]:
     again = command_for(sweep, multiplier)
     if not found:
         ended = [t.reports[-1].metrics for t in record.trials.values() if t.status == "finished"]
+        if any(excess(member, metrics, target) <= 0 for metrics in ended):
+            return "infeasible", (
+                "its finished trials are start points that change what all methods share"
+            )
         reached = min((m["density/all"] for m in ended if "density/all" in m), default=None)
         if reached is None:
             how = Counter(trial.status for trial in record.trials.values())
@@ -314,14 +317,15 @@ def _curves(served: list[Trial], ranked: list[Trial]) -> dict[str, list[list[flo
     return curves
 
 
-def _tuning(member: Member, record: journal.Member, served: int) -> Tuning:
-    """What the search spent; a share of it where it serves several densities."""
+def _tuning(member: Member, record: journal.Member, target: float | None, served: int) -> Tuning:
+    """What the search spent, of which each has a share where it serves several densities; the
+    trials are counted whole."""
     trials = record.trials.values()
 
     def worth(trial: Trial) -> float:
         """What the search would have to show had it been this trial alone."""
         last = trial.reports[-1].metrics if trial.reports else {}
-        lost = trial.status in ("diverged", "failed") or member.constraint(last) > 0
+        lost = trial.status in ("diverged", "failed") or excess(member, last, target) > 0
         return 0.0 if lost else last.get("val/accuracy", 0.0)
 
     return Tuning(
@@ -347,9 +351,10 @@ def _costed(entry: Entry, known: dict[str, Any]) -> Cell:
         if line is None or not line.layers:
             return line
         trial = entry.record.trials[line.trial]
-        costs = _costs(entry.member.trial_settings(trial.params, trial.fixed), known)
-        if costs is None:
-            return line
+        settings = entry.member.trial_settings(trial.params, trial.fixed)
+        costs = _costs(settings, known)
+        if costs is None:  # a smaller network's density is a share of another one's weights
+            return replace(line, density=None) if settings.model.match_density else line
         parameters = sum(line.layers[name] * size for name, size in costs.sizes.items())
         flops = sum(line.layers.get(name, 1.0) * each for name, each in costs.flops.items())
         smaller = costs.whole != sum(costs.sizes.values())
@@ -386,27 +391,28 @@ def _costs(settings: TrialSettings, known: dict[str, Any]) -> _Costs | None:
 def _levels(cells: list[Cell], match: Match) -> tuple[dict[str, list[str]], list[str]]:
     """Which cells are compared with each other: at one density, or at nearly equal FLOPs of
     inference, those that the median method has at that density."""
-    densities = sorted({cell.density for cell in cells if cell.density is not None})
-    by_density = {f"{d:g}": [c for c in cells if c.density == d] for d in densities}
-    spaces = dict.fromkeys(cell.space for cell in cells if cell.density is not None)
-    if match == "density":
-        missing = [
-            f"{space} was not searched at density {level}"
-            for level, at in by_density.items()
-            for space in spaces
-            if space not in {cell.space for cell in at}
-        ]
-        return {level: [c.name for c in at] for level, at in by_density.items()}, missing
+    stands: dict[tuple[int, float], list[Cell]] = {}
+    for cell in cells:
+        if cell.density is not None:
+            stands.setdefault((cell.multiplier, cell.density), []).append(cell)
     levels: dict[str, list[str]] = {}
     notes = []
-    for level, at in by_density.items():
+    for (multiplier, density), at in sorted(stands.items(), key=lambda item: item[0]):
+        level = called(f"{density:g}", multiplier)
+        alike = [c for c in cells if c.multiplier == multiplier and c.density is not None]
+        spaces = dict.fromkeys(cell.space for cell in alike)
+        if match == "density":
+            levels[level] = [cell.name for cell in at]
+            lacking = [space for space in spaces if space not in {cell.space for cell in at}]
+            notes += [f"{space} was not searched at density {density:g}" for space in lacking]
+            continue
         known = [f for c in at if (f := _flops(c)) is not None]
         if not known:
             continue
         aim = standard.median(known)
         levels[level] = []
         for space in spaces:
-            able = [(abs(f / aim - 1), c) for c in cells if c.space == space and (f := _flops(c))]
+            able = [(abs(f / aim - 1), c) for c in alike if c.space == space and (f := _flops(c))]
             if able and (nearest := min(able, key=lambda pair: pair[0]))[0] <= NEAR:
                 levels[level].append(nearest[1].name)
             else:
@@ -458,8 +464,11 @@ def _about(entries: list[Entry]) -> dict[str, Any]:
     """What a reader needs to run it again: rule 14."""
     first = entries[0].member.settings
 
+    headers = [entry.record.header for entry in entries]
+    headers += [entry.runs.header for entry in entries if entry.runs]
+
     def each(key: str) -> list[Any]:
-        found = [entry.record.header.get(key) for entry in entries]
+        found = [header.get(key) for header in headers]
         return [value for n, value in enumerate(found) if value and value not in found[:n]]
 
     return {
@@ -485,6 +494,17 @@ COLUMNS = (
     "flops inference", "dense gradient", "tuning trials", "tuning finished",
     "tuning stopped", "tuning diverged", "tuning failed", "tuning epochs", "tuning device-seconds",
 )  # fmt: skip
+
+
+def save_csv(comparison: Comparison, file: Path) -> None:
+    """ValueError for a file that is there and is no such table."""
+    try:
+        if file.exists() and not file.read_bytes().startswith(",".join(COLUMNS).encode()):
+            raise ValueError(f"csv: '{file}' is no table of sparsetune; give another --csv FILE")
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            write_csv(comparison, opened)
+    except OSError as error:
+        raise ValueError(f"csv: '{file}' cannot be written ({error.strerror})") from error
 
 
 def write_csv(comparison: Comparison, file: IO[str]) -> None:

@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 
+def density_of(level: str) -> float:
+    """Of a key of Comparison.levels."""
+    return float(level.partition(" ")[0])
+
+
 class Interval(NamedTuple):
     """An estimate with its 95 % interval."""
 
@@ -74,6 +79,7 @@ class Cell:
     mean: Interval | None = None  # of chosen.test
     iqm: Interval | None = None
     paper_mean: Interval | None = None
+    multiplier: int = 1  # how many times its search's epochs the runs are trained
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,8 @@ class Comparison:
     match: Literal["density", "flops"]
     seeds: list[int]
     cells: list[Cell]
-    levels: dict[str, list[str]]  # "0.05" -> Cell.name of those that stand there, by density/FLOPs
+    # "0.05", or "0.05 2x" -> Cell.name of those that stand there, by density or FLOPs
+    levels: dict[str, list[str]]
     pairs: list[Pair]
     rules: list[Rule]
     ranking: dict[str, list[str]] | None  # "0.05" -> Cell.space, best first; None: forbidden

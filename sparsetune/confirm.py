@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
@@ -83,6 +84,8 @@ def parse(words: Iterable[str]) -> Asked:
                 given[key] = tuple(sorted({float(each) for each in value.split(",")}))
             except ValueError:
                 raise ValueError(f"density: '{value}' is no list such as 0.02,0.05") from None
+            if not all(0 < each <= 1 for each in given[key]):
+                raise ValueError(f"density: '{value}' has something that is not in (0, 1]")
         elif not value.isdecimal() or int(value) < LEAST[key]:
             raise ValueError(f"{key}: '{value}' is no whole number of {LEAST[key]} or more")
         else:
@@ -111,14 +114,20 @@ def folder_of(member: Path, multiplier: int = 1) -> Path:
     return member / ("confirm" if multiplier == 1 else f"confirm-{multiplier}x")
 
 
+def multiplier_of(folder: str) -> int | None:
+    """What a member's folder of this name confirms at, as `folder_of` calls it; None: nothing."""
+    found = re.fullmatch(r"confirm(?:-([2-9]|[1-9]\d+)x)?", folder)
+    return int(found[1] or 1) if found else None
+
+
 def called(name: str, multiplier: int) -> str:
     """What a confirmed member is called: mnist/set@0.05, or mnist/set@0.05 2x."""
     return name if multiplier == 1 else f"{name} {multiplier}x"
 
 
-def command_for(sweep: Path, multiplier: int) -> str:
-    """What to type to confirm a sweep."""
-    words = resume_command(sweep).replace("resume", "confirm", 1)
+def command_for(sweep: Path, multiplier: int, member: str = "") -> str:
+    """What to type to confirm a sweep, or that member of it."""
+    words = resume_command(sweep, "confirm", member)
     return words + (f" multiplier={multiplier}" if multiplier > 1 else "")
 
 
@@ -152,7 +161,7 @@ def accuracy_name(member: Member) -> tuple[str, int]:
 
 def is_front(member: Member) -> bool:
     """Was a front of accuracy and density searched, so that it may serve several densities?"""
-    return DENSITY in member.objectives
+    return DENSITY in member.objectives and member.density is None
 
 
 def excess(member: Member, metrics: dict[str, float], target: float | None) -> float:
@@ -245,37 +254,46 @@ def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
 # The plan: which runs, in which order -------------------------------------------------------------
 
 
-def _begin(one: OpenMember, asked: Asked, stack: ExitStack) -> Confirmation:
-    """Opens the member's confirmation, or creates it. ValueError where it cannot be as is asked."""
+def _planned(one: OpenMember, asked: Asked) -> dict[str, Any]:
+    """What the member's confirmation is, or is to be. ValueError where it cannot be as is asked."""
     member, record = one.member, one.journal.record
     folder = folder_of(one.folder, asked.multiplier)
     if journal.exists(folder):
-        header = journal.header(folder)["confirm"]
+        header: dict[str, Any] = journal.header(folder)["confirm"]
         _check_same(one, header, asked, folder)
+        return header
+    top, num = asked.top or 3, asked.seeds or 5
+    first = FIRST_SEED if abs(member.settings.seed - FIRST_SEED) > num else FIRST_SEED + 1000
+    served: list[float | None] = [*asked.density] if is_front(member) else [member.density]
+    if not served:
+        raise ValueError(
+            f"density: {member.name} was searched for a front of accuracy and density; say "
+            "where on it the method is to be compared, such as density=0.02,0.05"
+        )
+    found = {str(t): [c.number for c in candidates(member, record, top, t)] for t in served}
+    return {
+        "seeds": list(range(first, first + num)),
+        "top": top,
+        "full": asked.full is not False,
+        "multiplier": asked.multiplier,
+        "trials": len(record.trials),
+        "densities": served,
+        "candidates": {target: numbers for target, numbers in found.items() if numbers},
+    }
+
+
+def _begin(
+    one: OpenMember, planned: dict[str, Any], asked: Asked, stack: ExitStack
+) -> Confirmation:
+    """Opens the member's confirmation, or creates it."""
+    folder = folder_of(one.folder, asked.multiplier)
+    if journal.exists(folder):
         writer = Journal.open(folder)
     else:
-        top, num = asked.top or 3, asked.seeds or 5
-        first = FIRST_SEED if abs(member.settings.seed - FIRST_SEED) > num else FIRST_SEED + 1000
-        served: list[float | None] = [*asked.density] if is_front(member) else [member.density]
-        if not served:
-            raise ValueError(
-                f"density: {member.name} was searched for a front of accuracy and density; say "
-                "where on it the method is to be compared, such as density=0.02,0.05"
-            )
-        found = {str(t): [c.number for c in candidates(member, record, top, t)] for t in served}
-        own = {
-            "seeds": list(range(first, first + num)),
-            "top": top,
-            "full": asked.full is not False,
-            "multiplier": asked.multiplier,
-            "trials": len(record.trials),
-            "densities": served,
-            "candidates": {target: numbers for target, numbers in found.items() if numbers},
-        }
         kept = ("sweep_id", "order", "members", "data", "code", "member")
-        header = {key: record.header[key] for key in kept if key in record.header}
-        header |= {"command": "confirm", "trials": 0, "versions": versions(), "confirm": own}
-        writer = Journal.create(folder, header)
+        header = {key: value for key, value in one.journal.record.header.items() if key in kept}
+        header |= {"command": "confirm", "argv": sys.argv[1:], "trials": 0}
+        writer = Journal.create(folder, header | {"versions": versions(), "confirm": planned})
     stack.callback(writer.close)
     writer.guard = one.journal.guard
     had = {seed_of(trial) for trial in writer.record.trials.values()}
@@ -291,21 +309,31 @@ def _check_same(one: OpenMember, header: dict[str, Any], asked: Asked, folder: P
     if header["trials"] != len(one.journal.record.trials):
         raise ValueError(
             f"confirm: {one.member.name} was confirmed after {header['trials']} trials and has "
-            f"{len(one.journal.record.trials)} now; the test images were read for the best of the "
-            f"first ones. To confirm anew, move {folder} away and say so in your report"
+            f"{len(one.journal.record.trials)} now; the test images may have been read for the "
+            f"best of the first ones. To confirm anew, {_moved(folder)}"
         )
     for key in ("top", "full"):
         wanted = getattr(asked, key)
         if wanted is not None and wanted != header[key]:
             raise ValueError(
                 f"{key}: {one.member.name} is being confirmed with {key}={header[key]}; leave it "
-                f"out to go on, or move {folder} away to begin anew"
+                f"out to go on, or begin anew: {_moved(folder)}"
             )
     if is_front(one.member) and asked.density and [*asked.density] != header["densities"]:
         raise ValueError(
             f"density: {one.member.name} is being confirmed at {header['densities']}; leave it out "
-            f"to go on, or move {folder} away to begin anew"
+            f"to go on, or begin anew: {_moved(folder)}"
         )
+    own, first = one.member.settings.seed, header["seeds"][0]
+    if first <= own < first + (asked.seeds or 0):
+        raise ValueError(
+            f"seeds: {asked.seeds} from {first} on have {own}, by which {one.member.name} was "
+            f"searched; at most seeds={own - first}"
+        )
+
+
+def _moved(folder: Path) -> str:
+    return f"move {folder} out of the sweep, and say so in your report"
 
 
 def _runs_member(one: OpenMember, multiplier: int) -> Member:
@@ -428,14 +456,23 @@ def begun(
         members = stack.enter_context(opened(storage, name, here))
         for one in members:
             _check(one)
-        confirmations = [_begin(one, asked, stack) for one in members]
-        if not any(one.header["candidates"] for one in confirmations):
-            names = ", ".join(one.search.member.name for one in confirmations)
+        if asked.density and not any(is_front(one.member) for one in members):
             raise ValueError(
-                f"confirm: {names}: no trial of the search was trained to the end within its bounds"
+                f"density: {name} was searched at densities of its own; it is for a search for a "
+                "front of accuracy and density. To confirm some members, name them: SWEEP/MEMBER"
             )
+        planned = [_planned(one, asked) for one in members]
+        able = []
+        for one, plan in zip(members, planned, strict=True):
+            if plan["candidates"]:
+                able.append((one, plan))
+            else:
+                print(f"{one.member.name}: infeasible, no finished trial within its bounds")
+        if not able:
+            raise ValueError(f"confirm: there is no trial of {name} that could be confirmed")
+        confirmations = [_begin(one, plan, asked, stack) for one, plan in able]
         for each in confirmations if wanted.retry_failed else ():
-            _retry(each.runs.journal)
+            _retry(each)
         yield confirmations
 
 
@@ -452,13 +489,15 @@ def _check(one: OpenMember) -> None:
     accuracy_name(member)
 
 
-def _retry(writer: Journal) -> None:
-    """Opens failed runs again; not rankings that a winner was chosen by already."""
-    trials = list(writer.record.trials.values())
-    chosen = any(role(trial)[0] == "final" for trial in trials)
+def _retry(one: Confirmation) -> None:
+    """Opens failed runs again; not rankings that the winner was chosen over already."""
+    trials, winners = list(one.runs.journal.record.trials.values()), _winners(one)
+    chosen = any(role(trial)[0] == "final" or trial.test is not None for trial in trials)
     for trial in trials:
-        if trial.status == "failed" and not (chosen and role(trial)[0] == "rank"):
-            writer.append({"type": "retry", "number": trial.number})
+        name, number = role(trial)
+        settled = chosen and name == "rank" and (one.header["full"] or number not in winners)
+        if trial.status == "failed" and not settled:
+            one.runs.journal.append({"type": "retry", "number": trial.number})
 
 
 def run(confirmations: list[Confirmation]) -> int:
@@ -466,26 +505,26 @@ def run(confirmations: list[Confirmation]) -> int:
 
     Exit status: 0 done, 1 runs failed, 130 interrupted. ClusterError as in `sweep.run`.
     """
-    able = [one for one in confirmations if one.header["candidates"]]
-    folder = able[0].search.folder.parent
-    settings = able[0].search.member.settings
+    folder = confirmations[0].search.folder.parent
+    settings = confirmations[0].search.member.settings
     check_cluster(settings.ray, folder)
-    note_driver([one.runs for one in able])
-    recording = _Recording(able)
-    shown = {one.runs.member.name: (None, one.runs.journal.record) for one in able}
+    note_driver([one.runs for one in confirmations])
+    recording = _Recording(confirmations)
+    shown = {one.runs.member.name: (None, one.runs.journal.record) for one in confirmations}
     with Progress(shown) as bar:
         watch = Watch(recording.send, bar)
-        for one in able:
+        for one in confirmations:
             one.runs.journal.trouble = watch.trouble
         # First the rankings, then the winners, whom nobody knows before.
-        while watch.leaving_since is None and (due := [one for one in able if _extend(one)]):
+        while watch.leaving_since is None and (due := [o for o in confirmations if _extend(o)]):
             searches = []
             for one in due:
                 points = _wanted(one)
                 searched = search_member(one.runs, NO_STOPPING)
-                searches.append(dataclasses.replace(searched, start_points=points))
+                searched = dataclasses.replace(searched, start_points=points, samples=False)
+                searches.append(searched)
             tune([one.runs for one in due], searches, NO_STOPPING, watch)
-        for one in able if watch.leaving_since is None else ():
+        for one in confirmations if watch.leaving_since is None else ():
             read_tests(one, watch)
     recording.send(last=True)
     upload = recording.tracker.close()
@@ -497,15 +536,19 @@ def run(confirmations: list[Confirmation]) -> int:
 def command(confirmations: list[Confirmation]) -> str:
     """What to type to go on."""
     first = confirmations[0]
-    words = command_for(first.search.folder.parent, first.header["multiplier"])
-    if len(confirmations) < len(first.search.journal.record.header["members"]):
-        words = words.replace(first.search.folder.parent.name, first.search.member.name, 1)
-    return words
+    whole = first.search.journal.record.header["members"]
+    member = first.search.member.name if len(confirmations) == 1 < len(whole) else ""
+    words = command_for(first.search.folder.parent, first.header["multiplier"], member)
+    seeds = max(one.seeds for one in confirmations)
+    return words + (f" seeds={seeds}" if seeds > len(first.header["seeds"]) else "")
 
 
 def _extend(one: Confirmation) -> bool:
     """Has the confirmation runs to train? Those that are known by now are asked for."""
-    record, num = one.runs.journal.record, len(_wanted(one))
+    record = one.runs.journal.record
+    # More seeds may have been asked for before, of which no run was begun.
+    while (num := len(_wanted(one))) < record.asked and None not in _winners(one):
+        one.seeds += 1
     if num > record.asked:
         one.runs.journal.append({"type": "extend", "trials": num})
     return not is_done(record)
@@ -535,8 +578,6 @@ def _close(folder: Path, confirmations: list[Confirmation], upload: str | None, 
     failed = False
     for one in confirmations:
         record, name = one.runs.journal.record, one.search.member.name
-        if not one.header["candidates"]:
-            print(f"{name}: infeasible, no finished trial within its bounds; not confirmed")
         for number in sorted(each for each in _winners(one) if each is not None):
             found = [t.test for t in _tested(one) if t.test and role(t)[1] == number]
             if tests := [test["test/accuracy"] for test in found]:
@@ -553,5 +594,5 @@ def _close(folder: Path, confirmations: list[Confirmation], upload: str | None, 
         return 130
     if failed:
         print(f"Try failed runs again by: {command(confirmations)} --retry-failed")
-    print(f"Compare by: {resume_command(folder).replace('resume', 'compare', 1)}")
+    print(f"Compare by: {resume_command(folder, 'compare')}")
     return 1 if failed else 0

@@ -11,21 +11,33 @@ arXiv:1907.04840, whose figure moves by 4 points with the layers that are left d
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from sparsetune.comparison import Cell, Rule
-from sparsetune.confirm import DENSITY, SLACK, accuracy_name, role
+from sparsetune.config import flatten
+from sparsetune.confirm import (
+    DENSITY,
+    SLACK,
+    accuracy_name,
+    command_for,
+    folder_of,
+    is_front,
+    role,
+)
 from sparsetune.member import Member, Scheduling
 from sparsetune.search import journal
-from sparsetune.settings import to_dict
+from sparsetune.settings import TrialSettings, to_dict
+from sparsetune.status import is_done
+from sparsetune.sweep import resume_command
 
 SPREAD = 0.25  # of epochs spent in searching, the most over the fewest, less one
 FLOOR, WANTED = 3, 5  # confirmation seeds
 SMALL_DENSE = 0.1  # a dense network of whole neurons cannot meet every number of weights
+SHARED = ("optimizer.lr", "optimizer.weight_decay", "optimizer.beta2", "optimizer.eps")
 CONTROLS = ("dense", "small_dense", "static", "gmp")
 State = Literal["holds", "broken", "does not apply"]
 
@@ -35,10 +47,23 @@ class Entry:
     """A cell and what it was made from."""
 
     cell: Cell
+    folder: Path  # of the member
     member: Member
     record: journal.Member  # of the search
     runs: journal.Member | None  # of the confirmation
     scheduling: Scheduling
+
+    @property
+    def settings(self) -> TrialSettings:
+        """The winner's; the member's where there is none."""
+        line = self.cell.chosen
+        trial = self.record.trials[line.trial] if line else None
+        return self.member.trial_settings(*((trial.params, trial.fixed) if trial else ({}, {})))
+
+    @property
+    def confirm(self) -> str:
+        """What to type to confirm it."""
+        return command_for(self.folder.parent, self.cell.multiplier)
 
     @property
     def newest(self) -> float:
@@ -70,8 +95,8 @@ def rules(entries: list[Entry], levels: dict[str, list[str]], match: str) -> lis
          lambda: _matched(entries, levels, match)),
         ("same network, data, epochs and dense layers", True, lambda: _same(entries)),
         ("realised density, measured at the end", True, lambda: _realised(confirmed)),
-        ("no early-stopped run among the results", True, lambda: _stopped(entries)),
-        ("failed, diverged and killed runs counted", True, lambda: _lost(entries)),
+        ("no early-stopped run among the results", True, lambda: _stopped(confirmed)),
+        ("failed, diverged and killed runs counted", True, lambda: _lost(entries, confirmed)),
         ("paired by seed, Holm's correction", False, lambda: _paired(confirmed)),
         ("spaces, costs, versions, commands are given", False, lambda: _reported(entries)),
         ("emergent density: at the density reached", False, lambda: _emergent(entries)),
@@ -95,31 +120,38 @@ def rules(entries: list[Entry], levels: dict[str, list[str]], match: str) -> lis
 
 
 def _budgets(entries: list[Entry]) -> str:
+    fewest = min(entries, key=lambda e: e.cell.tuning.asked)
+    served = fewest.record.asked // max(1, fewest.cell.tuning.asked)
+    trials = max(e.cell.tuning.asked for e in entries) * served
     for what, of, mend in (
         ("trials per member and density", lambda e: e.cell.tuning.asked,
-         f"give all the same: {_command(entries, 'resume')} trials=N"),
+         f"give all the same: {resume_command(fewest.folder.parent)} trials={trials}"),
         ("maximum epochs", lambda e: e.member.settings.epochs, _together(entries)),
         ("scheduler", lambda e: _scheduler(e.scheduling), _together(entries)),
         ("sampler", lambda e: _sampler(e.member), _together(entries)),
         ("seed of the search", lambda e: e.member.settings.seed, _together(entries)),
         ("start points tried first", _start, "start all warm or none: leave warm_start out, or "
          "give it for all members"),
-        ("ranges of what is searched for all", _shared, "search the same for all members: "
-         "search_spaces/base.yaml has it"),
+        ("ranges of what is searched for all, or its value", _shared, "search the same for all "
+         "members: search_spaces/base.yaml has it"),
     ):  # fmt: skip
         _equal(entries, what, of, mend)
     spent = {e.cell.name: e.cell.tuning.epochs for e in entries}
-    fewest, most = min(spent.values()), max(spent.values())
-    spread = most / fewest - 1 if fewest else float("inf")
+    least, most = min(spent.values()), max(spent.values())
+    spread = most / least - 1 if least else float("inf")
     tuning = entries[0].cell.tuning
     figure = (
         f"{tuning.asked} trials each, up to {entries[0].member.settings.epochs} epochs; epochs "
-        f"spent {fewest} to {most} (spread {spread:.0%})"
+        f"spent {least} to {most} (spread {spread:.0%})"
     )
     if spread > SPREAD:
+        stopping = any(e.scheduling.name != "none" for e in entries)
         raise _Found(
-            f"{figure}: {_key(spent, most)} has spent more than {_key(spent, fewest)}",
-            "search all without early stopping: scheduler.name=none",
+            f"{figure}: {_key(spent, most)} has spent more than {_key(spent, least)}",
+            "search all without early stopping: scheduler.name=none"
+            if stopping
+            else "trials that diverge spend less: search all without the settings at which they "
+            "do, such as search.lr.high=0.1",
         )
     return figure
 
@@ -142,7 +174,7 @@ def _selection(entries: list[Entry]) -> str:
         if len(chosen) > len(entry.runs.header["confirm"]["candidates"]):
             raise _Found(
                 f"{entry.cell.name}: the test set was read for {len(chosen)} settings",
-                "confirm it anew under another name, and report both",
+                "search and confirm it under another name, too, and report both",
             )
     held_out = sorted({entry.member.settings.data.validation for entry in entries})
     return f"{' or '.join(f'{share:.0%}' for share in held_out)} held out; one setting each tested"
@@ -158,8 +190,13 @@ def _fresh(entries: list[Entry]) -> str:
         if cell.chosen and entry.member.settings.seed in cell.chosen.seeds:
             raise _Found(
                 f"{cell.name}: seed {entry.member.settings.seed} is that of its search",
-                _command([entry], "confirm"),
+                _anew(entry),
             )
+    _equal(
+        (entry for entry in entries if entry.runs), "way of confirming",
+        lambda e: {key: e.runs and e.runs.header["confirm"][key] for key in ("top", "full")},
+        "search one of them under another name, and confirm both alike",
+    )  # fmt: skip
     num = len([entry for entry in entries if entry.cell.state == "confirmed"])
     return f"{num} of {len(entries)} confirmed, {len(entries) - num} infeasible" if num else ""
 
@@ -169,32 +206,43 @@ def _selects(member: Member) -> bool:
 
 
 def _mend_state(entry: Entry) -> str:
-    searching = len(entry.record.trials) < entry.record.asked or any(
-        trial.status == "running" for trial in entry.record.trials.values()
-    )
-    return _command([entry], "resume" if searching else "confirm")
+    if not is_done(entry.record):
+        return resume_command(entry.folder.parent)
+    if entry.runs is None:
+        return entry.confirm + (" density=D,..." if is_front(entry.member) else "")
+    grown = entry.runs.header["confirm"]["trials"] != len(entry.record.trials)
+    return _anew(entry) if grown else entry.confirm
+
+
+def _anew(entry: Entry) -> str:
+    moved = folder_of(entry.folder, entry.cell.multiplier)
+    return f"move {moved} out of the sweep, say so in your report, and: {entry.confirm}"
 
 
 def _seeds(confirmed: list[Entry]) -> str:
-    numbers = {e.cell.name: len(set(e.cell.chosen.seeds)) for e in confirmed if e.cell.chosen}
-    if not numbers:
+    if not confirmed:
         return ""
-    fewest = min(numbers.values())
+    least = min(confirmed, key=_num_seeds)
+    fewest = _num_seeds(least)
     if fewest < FLOOR:
-        raise _Found(
-            f"{_key(numbers, fewest)} has {fewest}",
-            f"{_command(confirmed, 'confirm')} seeds={WANTED}",
-        )
+        raise _Found(f"{least.cell.name} has {fewest}", f"{least.confirm} seeds={WANTED}")
     return f"{fewest} seeds" + (
         "" if fewest >= WANTED else f", below {WANTED}: {FLOOR} is the floor"
     )
 
 
+def _num_seeds(entry: Entry) -> int:
+    return len(set(entry.cell.chosen.seeds)) if entry.cell.chosen else 0
+
+
 def _intervals(confirmed: list[Entry]) -> str:
     if not confirmed:
         return ""
-    if missing := [e.cell.name for e in confirmed if e.cell.mean is None]:
-        raise _Found(f"{missing[0]} has fewer than 2 accuracies", _command(confirmed, "confirm"))
+    if missing := [entry for entry in confirmed if entry.cell.mean is None]:
+        first = missing[0]
+        raise _Found(
+            f"{first.cell.name} has fewer than 2 accuracies", f"{first.confirm} seeds={WANTED}"
+        )
     return "95 % intervals of mean, interquartile mean and probability of improvement"
 
 
@@ -222,7 +270,7 @@ def _matched(entries: list[Entry], levels: dict[str, list[str]], match: str) -> 
     masked = [e for e in entries if e.member.method.reaches_density and e.cell.density is not None]
 
     def distribution(entry: Entry) -> str:
-        return entry.member.settings.distribution
+        return entry.settings.distribution
 
     _equal(masked, "initial distribution over layers", distribution,
            "search all with one, distribution=uniform or distribution=erk")  # fmt: skip
@@ -241,12 +289,19 @@ def _same(entries: list[Entry]) -> str:
             key: s["data"][key] for key in ("validation", "augment", "normalize")}),
         ("epochs", lambda s: s["epochs"]),
         ("layers left dense", lambda s: s["dense_layers"]),
+    ]  # fmt: skip
+    # In these winners may differ, where all have searched the same range: rule 1.
+    searched: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
         ("batches and precision", lambda s: s["train"]),
         ("optimizer", lambda s: {k: s["optimizer"][k] for k in ("name", "nesterov", "momentum")}),
         ("learning-rate schedule", lambda s: s["schedule"]),
-    ]  # fmt: skip
-    for what, of in parts:
-        found = functools.partial(lambda of, e: of(to_dict(e.member.settings)), of)
+    ]
+    for what, of in (*parts, *searched):
+
+        def found(entry: Entry, what: str = what, of: Callable[..., Any] = of) -> Any:
+            fixed = what in dict(parts)
+            return of(to_dict(entry.settings if fixed else entry.member.settings))
+
         _equal(entries, what, found, _together(entries))
     settings = entries[0].member.settings
     left = ", ".join(settings.dense_layers) or "no layer"
@@ -257,50 +312,49 @@ def _realised(confirmed: list[Entry]) -> str:
     _equal(confirmed, "what density is a share of", lambda e: e.member.settings.density_over,
            "search all with density_over=all")  # fmt: skip
     off = {}
+    whole = all(entry.member.settings.density_over == "all" for entry in confirmed)
+    of = "all weights" if whole else "the sparse layers' weights"
     for entry in confirmed:
-        cell = entry.cell
-        if (
-            cell.chosen
-            and cell.chosen.density
-            and cell.density
-            and not entry.member.method.emergent
-        ):
-            off[cell.name] = cell.chosen.density / cell.density - 1
-            slack = SMALL_DENSE if entry.member.settings.model.match_density else SLACK
-            if abs(off[cell.name]) > slack:
+        cell, smaller = entry.cell, bool(entry.member.settings.model.match_density)
+        if cell.chosen is None or cell.density is None or entry.member.method.emergent:
+            continue
+        density = cell.chosen.density if whole or smaller else cell.chosen.density_sparse
+        if density:
+            off[cell.name] = density / cell.density - 1
+            if abs(off[cell.name]) > (SMALL_DENSE if smaller else SLACK):
                 raise _Found(
-                    f"{cell.name} has {cell.chosen.density:.4f} of all weights, "
-                    f"{off[cell.name]:+.1%} off",
+                    f"{cell.name} has {density:.4f} of {of}, {off[cell.name]:+.1%} off",
                     "leave it out, or search it at a density it can hold",
                 )
     if not off:
         return ""
     worst = max(off, key=lambda name: abs(off[name]))
-    return f"at most {abs(off[worst]):.1%} off ({worst}); over all weights, and per layer"
+    return f"at most {abs(off[worst]):.1%} off ({worst}); over {of}, and per layer"
 
 
-def _stopped(entries: list[Entry]) -> str:
-    lines = [(e.cell.name, e.cell.chosen) for e in entries if e.cell.chosen]
+def _stopped(confirmed: list[Entry]) -> str:
+    lines = [(e.cell.name, e.cell.chosen) for e in confirmed if e.cell.chosen]
     for name, line in lines:
         if line and "stopped" in line.statuses:
             raise _Found(
                 f"{name}: {line.statuses.count('stopped')} runs were stopped early",
-                "confirm it anew under another name",
+                "search and confirm it under another name",
             )
     runs = [seed for _, line in lines if line for seed in line.seeds]
     return f"none of {len(runs)} runs" if runs else ""
 
 
-def _lost(entries: list[Entry]) -> str:
+def _lost(entries: list[Entry], confirmed: list[Entry]) -> str:
     counts = dict.fromkeys(("stopped", "diverged", "failed"), 0)
-    for entry in entries:
+    for tuning in {entry.cell.member: entry.cell.tuning for entry in entries}.values():
         for status in counts:
-            counts[status] += entry.cell.tuning.trials[status]
+            counts[status] += tuning.trials[status]
+    for entry in confirmed:
         line = entry.cell.chosen
         for status in ("failed", "diverged"):
             num = line.statuses.count(status) if line else 0
             if line and num:
-                again = f"{_command([entry], 'confirm')} --retry-failed"
+                again = f"{entry.confirm} --retry-failed"
                 raise _Found(
                     f"{entry.cell.name}: {num} of {len(line.seeds)} runs {status}, and a mean "
                     "over the others would flatter it",
@@ -317,29 +371,34 @@ def _paired(confirmed: list[Entry]) -> str:
     if len(set(seeds.values())) > 1:
         raise _Found(
             "seeds differ: " + "; ".join(f"{k} {min(v)}-{max(v)}" for k, v in seeds.items()),
-            f"{_command(confirmed, 'confirm')} seeds={max(map(len, seeds.values()))}",
+            f"{min(confirmed, key=_num_seeds).confirm} seeds={max(map(len, seeds.values()))}",
         )
     num = len(next(iter(seeds.values())))
     return f"{num} seeds in all" + ("" if num >= 6 else "; below 6 intervals only, no tests")
 
 
 def _reported(entries: list[Entry]) -> str:
-    def versions(entry: Entry) -> dict[str, str]:
-        found: dict[str, str] = entry.record.header.get("versions", {})
+    def versions(record: journal.Member | None) -> dict[str, str]:
+        found = record.header.get("versions", {}) if record else {}
         return {name: found.get(name, "?") for name in ("sparsetune", "torch")}
 
-    _equal(entries, "versions", versions, "search all with one version")
+    _equal(entries, "versions", lambda e: versions(e.record), "search all with one version")
+    _equal((e for e in entries if e.runs), "versions of confirmation", lambda e: versions(e.runs),
+           "confirm all with one version")  # fmt: skip
     for method in {entry.cell.method: None for entry in entries}:
         own = [entry for entry in entries if entry.cell.method == method]
         _equal(own, f"code of {method}", lambda e: e.record.header.get("code", {}).get("method"),
                "search all with one version")  # fmt: skip
-    return ", ".join(f"{name} {version}" for name, version in versions(entries[0]).items())
+    records = [entries[0].record, *[entry.runs for entry in entries if entry.runs][:1]]
+    said = [", ".join(f"{k} {v}" for k, v in versions(record).items()) for record in records]
+    return "; confirmed by ".join(dict.fromkeys(said))
 
 
 def _emergent(entries: list[Entry]) -> str:
     emergent = [entry for entry in entries if entry.member.method.emergent]
     for entry in emergent:
-        if entry.cell.density is None and DENSITY not in entry.member.settings.constraint:
+        bound = DENSITY in entry.member.settings.constraint or is_front(entry.member)
+        if entry.cell.density is None and not bound:
             raise _Found(
                 f"{entry.cell.name} was searched by accuracy alone",
                 "give density=D, or objective=[val/accuracy,density/all]",
@@ -397,11 +456,9 @@ def _shared(entry: Entry) -> dict[str, Any]:
     # Sparse Momentum's rule reads the momentum, so it is one of that method's hyperparameters.
     own = ("hp.", "variant.", "update.", "density", "optimizer.momentum")
     searched = entry.member.space.search.items()
-    return {key: dimension.to_dict() for key, dimension in searched if not key.startswith(own)}
-
-
-def _command(entries: list[Entry], verb: str) -> str:
-    return f"sparsetune {verb} {entries[0].cell.sweep}"
+    shared = {key: dimension.to_dict() for key, dimension in searched if not key.startswith(own)}
+    settings = flatten(to_dict(entry.member.trial_settings({}, {})))
+    return {key: settings[key] for key in SHARED} | shared
 
 
 def _together(entries: list[Entry]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsetune import config
-from sparsetune.confirm import role
+from sparsetune.confirm import multiplier_of, role
 from sparsetune.member import Member
 from sparsetune.search import journal
 from sparsetune.search.journal import Trial
@@ -66,7 +66,7 @@ def load(name: str, storage: str | Path | None = None) -> pd.DataFrame:
 
 def _parts(folder: Path) -> Iterator[Part]:
     """The member's search, then its confirmations."""
-    confirmed = [path for path in sorted(inside(folder)) if path.name.startswith("confirm")]
+    confirmed = [path for path in sorted(inside(folder)) if multiplier_of(path.name)]
     for path in [folder, *filter(journal.exists, confirmed)]:
         record = journal.load(path)
         kind = "search" if path == folder else path.name

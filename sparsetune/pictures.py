@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from sparsetune.charts import MARKS, Axis, Chart, Look, around
-from sparsetune.comparison import Cell, Comparison, Interval
+from sparsetune.comparison import Cell, Comparison, Interval, density_of
 from sparsetune.tables import number, percent
 
 SMALL = (132.0, 190.0)  # height and width of the pictures of single members
@@ -45,7 +45,9 @@ class Results:
 
     def level(self, level: str) -> str:
         flops = self.comparison.match == "flops"
-        return f"FLOPs as at {sparse(float(level))}" if flops else sparse(float(level))
+        longer = level.partition(" ")[2]
+        said = sparse(density_of(level)) + (f", {longer}" if longer else "")
+        return f"FLOPs as at {said}" if flops else said
 
     def main(self) -> str:
         """Accuracy against density."""

@@ -48,17 +48,20 @@ class Search:
 
 
 def load(comparison: Comparison, storage: Path) -> list[Search]:
-    labels = {cell.space for cell in comparison.cells}
-    found = []
-    for name in comparison.names:
-        for folder in member_folders(storage, name):
-            record = journal.load(folder)
-            member = Member.from_header(record.header["member"])
-            with_sweep = member.name.partition("@")[0]
-            called = with_sweep if with_sweep in labels else member.space.name
-            look = look_of(comparison, called, member.method.name)
-            found.append(Search(member, record, look))
-    return found
+    folders = [each for name in comparison.names for each in member_folders(storage, name)]
+    records = [journal.load(folder) for folder in folders]
+    members = [Member.from_header(record.header["member"]) for record in records]
+    sweeps: dict[str, set[str]] = {}
+    for member in members:
+        sweeps.setdefault(member.space.name, set()).add(member.name.partition("/")[0])
+
+    def look(member: Member) -> Look:
+        space = member.space.name
+        if len(sweeps[space]) > 1:
+            space = f"{member.name.partition('/')[0]}/{space}"
+        return look_of(comparison, space, member.method.name)
+
+    return [Search(m, record, look(m)) for m, record in zip(members, records, strict=True)]
 
 
 def figures(found: list[Search]) -> list[str]:

@@ -126,11 +126,12 @@ def undo(members: list[OpenMember]) -> bool:
     return True
 
 
-def resume_command(folder: Path) -> str:
-    """With the storage, where it is not found without."""
+def resume_command(folder: Path, verb: str = "resume", member: str = "") -> str:
+    """What to type for a sweep, or that member of it; with its storage where it is not found
+    without."""
     given = place(os.environ.get("SPARSETUNE_STORAGE", "./sweeps")).resolve()
     words = "" if given == folder.parent.resolve() else f" storage={folder.parent}"
-    return f"sparsetune resume {folder.name}{words}"
+    return f"sparsetune {verb} {member or folder.name}{words}"
 
 
 def member_stem(member: Member) -> str:

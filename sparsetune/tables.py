@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparsetune.comparison import Cell, Comparison, Interval, Line
+from sparsetune.comparison import Cell, Comparison, Interval, Line, density_of
 from sparsetune.status import wide_console
 
 STYLES = {"broken": "bold red", "holds": "green", "does not apply": "dim"}
@@ -62,13 +62,18 @@ def by_level(comparison: Comparison) -> dict[str, list[Cell]]:
     cells = {cell.name: cell for cell in comparison.cells}
     found = {}
     for level, names in comparison.levels.items():
-        title = f"{100 * (1 - float(level)):.4g} % sparse (density {level})"
+        density, _, longer = level.partition(" ")
+        asked = f"density {density}" + (f", {longer} epochs" if longer else "")
+        title = f"{100 * (1 - density_of(level)):.4g} % sparse ({asked})"
         if comparison.match == "flops":
-            title = f"FLOPs as at density {level}"
+            title = f"FLOPs as at {asked}"
         at = [cells[name] for name in names]
         found[title] = sorted(at, key=lambda cell: -cell.mean.value if cell.mean else 0.0)
+    standing = {name for names in comparison.levels.values() for name in names}
     if apart := [cell for cell in comparison.cells if cell.density is None]:
         found["no density asked for"] = apart
+    if lone := [c for c in comparison.cells if c.density is not None and c.name not in standing]:
+        found["beside the levels"] = lone
     return found
 
 

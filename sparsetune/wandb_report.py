@@ -20,6 +20,7 @@ import wandb
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
 from sparsetune.comparison import Cell, Comparison, Line
+from sparsetune.confirm import multiplier_of
 from sparsetune.member import Member
 from sparsetune.search import journal
 from sparsetune.settings import WandbSettings
@@ -124,7 +125,7 @@ def _sources(comparison: Comparison, storage: Path, api: wandb.Api) -> dict[str,
         settings = member.settings.wandb
         # As `wandb.init` finds it where the settings name none.
         entity = settings.entity or api.settings["entity"] or api.default_entity
-        runs = [path for path in inside(folder) if path.name.startswith("confirm")]
+        runs = [path for path in inside(folder) if multiplier_of(path.name)]
         sources[member.name] = _Source(
             member,
             header["sweep_id"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 from told_sweep import accuracy, confirmed, told
 
-from sparsetune import confirm, statistics
+from sparsetune import confirm, load, statistics, sweep, tables
 from sparsetune.compare import compare, write_csv
 from sparsetune.comparison import Cell, Comparison
-from sparsetune.member import Member
+from sparsetune.member import Member, Sweep
 from sparsetune.search import journal
 from sparsetune.search.journal import Journal, Trial
+from sparsetune.search.study import MemberSearch
 
 SETTLED = ["density=0.2", "trials=4"]
 
@@ -136,7 +138,7 @@ def two(
 @pytest.mark.parametrize(
     ("number", "own", "says", "mends"),
     [
-        (1, ["trials=5"], "4 in a/set@0.2, 5 in b/static@0.2", "sparsetune resume a trials=N"),
+        (1, ["trials=5"], "4 in a/set@0.2, 5 in b/static@0.2", "sparsetune resume a storage="),
         (1, ["sampler.name=tpe"], "sampler: ", "in one sweep: sparsetune sweep set static"),
         (1, ["search.lr.high=0.4"], "ranges of what is searched", "base.yaml"),
         (1, ["scheduler.name=none"], 'scheduler: ["asha"', "in one sweep"),
@@ -157,6 +159,58 @@ def test_a_setting_that_forbids_a_ranking(
     rule = found.rules[number - 1]
     assert says in rule.figure
     assert mends in rule.mend
+
+
+def test_learning_rates_that_were_given(tmp_path: Path) -> None:
+    """Not searched by anybody, and not the same."""
+    for name, space, rate in (("a", "set", 0.1), ("b", "static", 0.01)):
+        words = [*SETTLED, f"name={name}", f"optimizer.lr={rate}", "optimizer.weight_decay=1e-4"]
+        confirmed(told(tmp_path, [space], *words), "seeds=3", "top=1")
+    found = compare(tmp_path, ["a", "b"])
+    assert broken(found) == {1}
+    assert '"optimizer.lr": 0.1' in found.rules[0].figure
+
+
+def test_winners_that_differ_in_what_all_have_searched(tmp_path: Path) -> None:
+    """Rule 8 is about the winners' distributions, not what their members would have."""
+
+    def tell(one: Member, trial: Trial, role: str) -> Any:
+        found = accuracy(one, trial, role)
+        assert isinstance(found, dict)
+        erk = trial.params.get("distribution") == "erk"
+        best = 0.1 if erk == (one.space.name == "set") else 0.0
+        return found | {"val/accuracy": 0.8 + best + 0.001 * trial.number}
+
+    words = ["density=0.2", "trials=12", "search.distribution.choices=[uniform,erk]", "name=a"]
+    confirmed(told(tmp_path, ["set", "static"], *words, tell=tell), "top=1", tell=tell)
+    found = compare(tmp_path, ["a"])
+    assert broken(found) == {8}
+    assert '"erk" in a/set@0.2, "uniform" in a/static@0.2' in found.rules[7].figure
+
+
+def test_members_that_were_confirmed_in_different_ways(tmp_path: Path) -> None:
+    confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3", "top=1")
+    confirmed(told(tmp_path, ["static"], *SETTLED, "name=b"), "seeds=3", "top=1", "full=false")
+    found = compare(tmp_path, ["a", "b"])
+    assert broken(found) == {3}
+    assert "way of confirming" in found.rules[2].figure
+
+
+def test_longer_training_stands_at_a_level_of_its_own(tmp_path: Path) -> None:
+    path = told(tmp_path, ["set", "static"], *SETTLED, "name=a")
+    confirmed(path, "seeds=3")
+    confirmed(path, "seeds=3", "multiplier=2", name="a/set@0.2")
+    found = compare(tmp_path, ["a"])
+    assert found.levels == {"0.2": ["a/set@0.2", "a/static@0.2"], "0.2 2x": ["a/set@0.2 2x"]}
+    assert found.ranking == {"0.2": ["set", "static"], "0.2 2x": ["set 2x"]}
+    assert [(pair.a, pair.b) for pair in found.pairs] == [("set", "static")]
+    titles = [each.title for each in tables.sections(found)]
+    assert titles[:2] == ["80 % sparse (density 0.2)", "80 % sparse (density 0.2, 2x epochs)"]
+    # Folders that were moved aside within the member are no confirmations.
+    for name in ("confirm-1", "confirm-2", "confirm.old", "confirm-1x", "confirm-x"):
+        shutil.copytree(path / "set@0.2/confirm", path / "set@0.2" / name)
+    assert compare(tmp_path, ["a"]).levels == found.levels
+    assert set(load("a", storage=tmp_path)["kind"]) == {"search", "confirm", "confirm-2x"}
 
 
 def told_twice(path: Path) -> None:
@@ -199,7 +253,7 @@ def test_what_is_not_confirmed(tmp_path: Path) -> None:
     path = told(tmp_path, ["static"], *SETTLED, "name=b")
     found = compare(tmp_path, ["a", "b"])
     assert broken(found) == {3}
-    assert found.rules[2].mend == "sparsetune confirm b"
+    assert found.rules[2].mend == f"sparsetune confirm b storage={tmp_path}"
     assert cell(found, "static").state == "unconfirmed"
     confirmed(path, "seeds=3")
     assert broken(compare(tmp_path, ["a", "b"])) == set()
@@ -209,6 +263,25 @@ def test_what_is_not_confirmed(tmp_path: Path) -> None:
     found = compare(tmp_path, ["a", "b"])
     assert cell(found, "static").state == "unfinished"
     assert "4 of 5 trials of its search have ended" in cell(found, "static").note
+    told_more(path)
+    found = compare(tmp_path, ["a", "b"])
+    assert cell(found, "static").state == "unconfirmed"
+    moved = f"move {path / 'static@0.2/confirm'} out of the sweep, say so in your report, and: "
+    assert found.rules[2].mend == f"{moved}sparsetune confirm b storage={tmp_path}"
+
+
+def told_more(path: Path) -> None:
+    """The trials that a search was extended by, in its first member."""
+    with sweep.opened(path.parent, path.name) as members:
+        (one,) = members
+        scheduling = Sweep("", Path(), [one.member]).scheduling
+        search = MemberSearch(sweep.search_member(one, scheduling), 0)
+        while search.wants_more:
+            trial = search.suggest()
+            metrics = dict(one.journal.record.trials[0].reports[-1].metrics)
+            for epoch in (1, 2):
+                search.report(trial.number, epoch, metrics | {"epoch": float(epoch)}, "CONTINUE")
+            search.end(trial.number, "finished")
 
 
 def journal_of(folder: Path) -> Any:
@@ -220,7 +293,8 @@ def journal_of(folder: Path) -> Any:
 def test_too_few_seeds(tmp_path: Path) -> None:
     found = two(tmp_path, [], ("seeds=3", "seeds=2"))
     assert broken(found) == {4}
-    assert found.rules[3].mend.startswith("sparsetune confirm")
+    assert found.rules[3].mend == f"sparsetune confirm b storage={tmp_path} seeds=5"
+    assert found.rules[12].mend == f"sparsetune confirm b storage={tmp_path} seeds=3"
     assert found.rules[12].state == "broken"  # not paired, and so without differences
     assert all(pair.difference is None for pair in found.pairs)
 
@@ -233,6 +307,20 @@ def differing(role: str, **values: float) -> Callable[[Member, Trial, str], Any]
         return found | (other if now == role and one.space.name == "static" else {})
 
     return tell
+
+
+def test_density_over_the_sparse_layers_is_judged_by_them(tmp_path: Path) -> None:
+    words = ["density=0.2", "trials=4", "density_over=sparse", "dense_layers=[fc3.weight]"]
+
+    def tell(one: Member, trial: Trial, role: str) -> Any:
+        found = accuracy(one, trial, role)
+        assert isinstance(found, dict)
+        return found | {"density/all": 0.247, "density/sparse": 0.2}
+
+    confirmed(told(tmp_path, ["set", "static"], *words, "name=a", tell=tell), "seeds=3", tell=tell)
+    found = compare(tmp_path, ["a"])
+    assert broken(found) == set()
+    assert "over the sparse layers' weights" in found.rules[9].figure
 
 
 def test_a_density_that_was_not_kept(tmp_path: Path) -> None:
@@ -256,7 +344,7 @@ def test_runs_that_did_not_end_well(tmp_path: Path, status: str, number: int) ->
     assert line.test[1] is None
     assert len([value for value in line.test if value is not None]) == 3
     if status == "failed":
-        assert rule.mend == "sparsetune confirm b --retry-failed"
+        assert rule.mend == f"sparsetune confirm b storage={tmp_path} --retry-failed"
 
 
 def test_a_wide_spread_of_epochs_forbids_a_ranking(tmp_path: Path) -> None:
@@ -358,6 +446,9 @@ def test_one_search_serves_several_densities(tmp_path: Path) -> None:
         0.22: (5, "b/dst@0.2,0.22"),
     }
     assert {each.tuning.asked for each in found.cells} == {4}
+    # Best of k at .1: trials 2 and 3 alone are within it, and the better one has .5 + .1 / 2.
+    best = {c.density: c.tuning.best_of[-1] for c in found.cells if c.space == "dst"}
+    assert best == pytest.approx({0.1: 0.55, 0.2: 0.6, 0.22: 0.6})
 
 
 def test_spaces_of_two_sweeps_are_told_apart(tmp_path: Path) -> None:
@@ -396,6 +487,21 @@ def test_start_points_that_change_what_is_shared_are_no_candidates(tmp_path: Pat
     assert journal.load(tmp_path / "a/static@0.2/confirm").asked == 5  # not trained twice
 
 
+def test_an_infeasible_member_with_a_lost_run_forbids_nothing(tmp_path: Path) -> None:
+    """It stands in no ranking anyway."""
+    emerging = dst({"search": 0.15, "rank": 0.3, "final": 0.3, "paper": 0.3})
+
+    def tell(one: Member, trial: Trial, role: str) -> Any:
+        lost = one.space.name == "dst" and role == "final" and trial.fixed["seed"] == 1002
+        return "diverged" if lost else emerging(one, trial, role)
+
+    path = told(tmp_path, ["set", "dst"], *SETTLED, "name=a", tell=tell)
+    confirmed(path, "seeds=3", "top=1", tell=tell)
+    found = compare(tmp_path, ["a"])
+    assert cell(found, "dst").state == "infeasible"
+    assert broken(found) == set()
+
+
 # Messy input --------------------------------------------------------------------------------------
 
 
@@ -430,6 +536,19 @@ def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert rule.mend == "search all with one version"
 
 
+def test_confirmations_by_different_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3")
+    path = told(tmp_path, ["static"], *SETTLED, "name=b")
+    monkeypatch.setattr("sparsetune.confirm.versions", lambda: {"sparsetune": "0.0.9"})
+    confirmed(path, "seeds=3")
+    found = compare(tmp_path, ["a", "b"])
+    assert found.rules[13].state == "broken"
+    assert "versions of confirmation" in found.rules[13].figure
+    assert {"sparsetune": "0.0.9"} in found.about["versions"]
+
+
 def test_a_search_that_is_not_finished(tmp_path: Path) -> None:
     confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3")
     path = told(tmp_path, ["static"], *SETTLED, "name=b")
@@ -437,5 +556,5 @@ def test_a_search_that_is_not_finished(tmp_path: Path) -> None:
         writer.append({"type": "extend", "trials": 6})
     found = compare(tmp_path, ["a", "b"])
     assert broken(found) == {1, 3}
-    assert found.rules[2].mend == "sparsetune resume b"
+    assert found.rules[2].mend == f"sparsetune resume b storage={tmp_path}"
     assert found.ranking is None

@@ -121,7 +121,7 @@ class JournalSearcher(Searcher):
                 if trial.status == "running"
             ]
             self._open.sort(key=lambda entry: entry[1], reverse=True)
-        wanting = [s for s in self.searches.values() if len(s.record.trials) < s.record.asked]
+        wanting = [search for search in self.searches.values() if search.wants_more]
         if not self._open and not wanting:
             # Ray may give up one of those, or its engine be gone.
             return None if self._live else Searcher.FINISHED

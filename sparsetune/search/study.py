@@ -74,6 +74,7 @@ class SearchMember:
     directions: list[Literal["maximize", "minimize"]]
     constraint: Callable[[dict[str, float]], float] | None = None  # above 0: infeasible
     group: str = ""  # members of one group have trials that an engine trains together
+    samples: bool = True  # False: there are no trials but the start points
 
     @property
     def record(self) -> Member:
@@ -104,6 +105,12 @@ class MemberSearch:
     @property
     def record(self) -> Member:
         return self.member.record
+
+    @property
+    def wants_more(self) -> bool:
+        """Are there trials to begin?"""
+        num, points = len(self.record.trials), len(self.member.start_points)
+        return num < self.record.asked and (self.member.samples or num < points)
 
     def config(self, trial: Trial) -> dict[str, Any]:
         """What the trainable gets."""
