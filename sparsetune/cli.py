@@ -103,13 +103,13 @@ def _guarded(run: Callable[[], int], again: str, undo: Callable[[], bool] = lamb
     """The exit status of `run`; what ended it without being a bug is said, and how to go on.
 
     Where the cluster cannot be used, `undo` may have the command as if it had not been given."""
-    from sparsetune.files import StorageAway
+    from sparsetune.files import CheckpointLost, StorageAway
     from sparsetune.fleet import ClusterError
     from sparsetune.search.lock import SweepHeld
 
     try:
         return run()
-    except (ClusterError, SweepHeld, StorageAway) as error:
+    except (CheckpointLost, ClusterError, SweepHeld, StorageAway) as error:
         click.echo(f"sparsetune: {error}", err=True)
         if isinstance(error, ClusterError) and undo():
             click.echo("Nothing was begun; the same command can be given again.", err=True)

@@ -29,7 +29,7 @@ from sparsetune import checkpoint, data, trainer
 from sparsetune.alone import setup_of
 from sparsetune.cluster import check_cluster
 from sparsetune.config import replaced
-from sparsetune.files import insist
+from sparsetune.files import CheckpointLost, insist
 from sparsetune.member import Member, Scheduling
 from sparsetune.progress import Progress
 from sparsetune.search import journal
@@ -564,9 +564,9 @@ def read_tests(one: Confirmation, watch: Watch) -> None:
         setup = setup_of(settings, one.search.member.settings.device)
         state, _ = insist(lambda: checkpoint.restore(setup, folder), watch.trouble)  # noqa: B023
         if state.epoch != settings.epochs:
-            raise ValueError(
+            raise CheckpointLost(
                 f"{folder}: the checkpoint of epoch {settings.epochs} is missing; restore it from "
-                f"a copy, or move {one.runs.folder} away and confirm anew"
+                f"a copy, or begin anew: {_moved(one.runs.folder)}"
             )
         loss, accuracy = trainer.evaluate(setup, state, data.load_test(settings.data))
         metrics = {"test/accuracy": accuracy, "test/loss": loss}

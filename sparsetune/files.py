@@ -27,6 +27,10 @@ AWAY_SECONDS = 300.0  # how long a sweep waits for its storage
 CONNECT_SECONDS = 5.0
 
 
+class CheckpointLost(ValueError):
+    """A checkpoint that a journal speaks of is not there."""
+
+
 class StorageAway(OSError):
     """Storage that cannot be read or written; says which, why and what to do."""
 

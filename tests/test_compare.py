@@ -14,7 +14,7 @@ import pytest
 from told_sweep import accuracy, confirmed, told
 
 from sparsetune import confirm, load, statistics, sweep, tables
-from sparsetune.compare import compare, write_csv
+from sparsetune.compare import compare, save_csv, write_csv
 from sparsetune.comparison import Cell, Comparison
 from sparsetune.member import Member, Sweep
 from sparsetune.search import journal
@@ -110,6 +110,17 @@ def test_json_and_csv_have_every_run(fair: Path, tmp_path: Path) -> None:
     mine = [row for row in chosen if row["cell"] == "fair/set@0.2"]
     assert [float(row["test accuracy"]) for row in mine] == cell(found, "set").chosen.test  # type: ignore[union-attr]
     assert {row["tuning epochs"] for row in mine} == {"8"}
+
+
+def test_no_other_file_is_overwritten(fair: Path, tmp_path: Path) -> None:
+    found, file = compare(fair, ["fair"]), tmp_path / "runs.csv"
+    save_csv(found, file)
+    before = file.read_bytes()
+    save_csv(found, file)
+    assert file.read_bytes() == before
+    with pytest.raises(ValueError, match="is no table of sparsetune"):
+        save_csv(found, fair / "fair/dense/journal.jsonl")
+    assert journal.load(fair / "fair/dense").asked == 4
 
 
 def test_members_alone_are_compared_too(fair: Path) -> None:

@@ -18,6 +18,7 @@ from sparsetune import checkpoint, confirm, data, trainer
 from sparsetune.member import Member
 from sparsetune.search import journal
 from sparsetune.search.journal import Trial
+from sparsetune.sweep import Extension
 
 SETTLED = ["density=0.2", "trials=5", "name=a"]
 
@@ -76,6 +77,84 @@ def test_the_winner_is_the_best_over_fresh_seeds(tmp_path: Path) -> None:
 
     path = confirmed(told(tmp_path, ["static"], *SETTLED), "seeds=2", "top=3", tell=tell)
     assert {n for name, n, *_ in runs(path) if name == "final"} == {2}
+
+
+def test_seeds_that_were_asked_for_and_not_begun(tmp_path: Path) -> None:
+    """Interrupted when the journal knew how many runs there shall be, and none was begun."""
+    path = confirmed(told(tmp_path, ["static"], *SETTLED), "seeds=2", "top=2")
+    before = runs(path)
+    with begun(path, "seeds=4") as (one,):
+        assert confirm._extend(one)
+        assert confirm.command([one]) == f"sparsetune confirm a storage={tmp_path} seeds=4"
+    confirmed(path)
+    added = [(name, n, seed, 0.0, True) for seed in (1003, 1004)
+             for name, n in (("final", 3), ("paper", 0))]  # fmt: skip
+    assert runs(path) == before + added
+    assert {t.origin for t in journal.load(path / "static@0.2/confirm").trials.values()} == {
+        "start:rank 4", "start:rank 3", "start:final 3", "start:paper 0"
+    }  # fmt: skip
+
+
+def test_rankings_are_not_tried_again_once_the_test_images_were_read(tmp_path: Path) -> None:
+    """Without full, the runs that ranked a setting may win by a second try, and be tested, too."""
+
+    def tell(one: Member, trial: Trial, role: str) -> Any:
+        lost = trial.origin in ("start:rank 4", "start:rank 3") and trial.fixed["seed"] == 1002
+        return "failed" if lost else accuracy(one, trial, role)
+
+    path = told(tmp_path, ["static"], *SETTLED)
+    confirmed(path, "seeds=2", "top=2", "full=false", tell=tell)
+    failed = [t for t in journal.load(path / "static@0.2/confirm").trials.values()
+              if t.status == "failed"]  # fmt: skip
+    assert sorted(confirm.role(t) for t in failed) == [("rank", 3), ("rank", 4)]
+    with begun(path, retry=True) as (one,):  # 3, the winner, alone
+        assert one.runs.journal.record.trials[failed[0].number].status == "failed"
+        assert one.runs.journal.record.trials[failed[1].number].status == "running"
+
+
+def begun(path: Path, *words: str, retry: bool = False) -> Any:
+    wanted = Extension(retry_failed=retry)
+    return confirm.begun(path.parent, path.name, confirm.parse(words), wanted)
+
+
+def test_a_refused_confirmation_has_written_nothing(tmp_path: Path) -> None:
+    two = told(tmp_path, ["static", "set"], "density=0.2", "trials=5", "name=two")
+    confirmed(two, "seeds=2", "top=2", name="two/set@0.2")
+    with pytest.raises(ValueError, match="with top=2; leave it out"), begun(two, "top=3"):
+        pass
+    with pytest.raises(ValueError, match="it is for a search for a front"):
+        begun(two, "density=0.5").__enter__()
+    clash = told(tmp_path, ["static"], "density=0.2", "trials=5", "name=clash", "seed=1008")
+    confirmed(clash, "seeds=2", "top=1")
+    with pytest.raises(ValueError, match=r"1008, by which clash/static@0.2 was .* most seeds=7"):
+        begun(clash, "seeds=8").__enter__()
+    assert not (two / "static@0.2/confirm").exists()
+    assert len(runs(clash)) == 4
+    for value in ("nan", "0", "-1", "2"):
+        with pytest.raises(ValueError, match=r"not in \(0, 1\]"):
+            confirm.parse([f"density={value}"])
+
+
+def test_an_infeasible_member_can_be_searched_further(tmp_path: Path) -> None:
+    def tell(one: Member, trial: Trial, role: str) -> Any:
+        found = accuracy(one, trial, role)
+        assert isinstance(found, dict)
+        return found | {"density/all": 0.5}
+
+    path = told(tmp_path, ["dst"], *SETTLED, tell=tell)
+    with pytest.raises(ValueError, match="there is no trial of a that could be confirmed"):
+        begun(path).__enter__()
+    assert not (path / "dst@0.2/confirm").exists()
+
+
+@pytest.mark.parametrize("name", ["s", "parse", "confirm"])
+def test_the_command_to_go_on_has_any_name(tmp_path: Path, name: str) -> None:
+    path = told(tmp_path, ["static", "set"], "density=0.2", "trials=4", f"name={name}")
+    wanted = Extension()
+    with confirm.begun(tmp_path, f"{name}/set@0.2", confirm.parse(["seeds=2"]), wanted) as all_:
+        said = f"sparsetune confirm {name}/set@0.2 storage={tmp_path}"
+        assert confirm.command(all_) == said
+    assert journal.exists(path / "set@0.2/confirm")
 
 
 def test_twice_the_epochs_are_a_confirmation_of_their_own(tmp_path: Path) -> None:
