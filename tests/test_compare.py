@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from told_sweep import accuracy, confirmed, told
 
-from sparsetune import confirm, load, statistics, sweep, tables
+from sparsetune import confirm, load, searches, statistics, sweep, tables
 from sparsetune.compare import compare, save_csv, write_csv
 from sparsetune.comparison import Cell, Comparison
 from sparsetune.member import Member, Sweep
@@ -475,6 +475,9 @@ def test_spaces_of_two_sweeps_are_told_apart(tmp_path: Path) -> None:
     }
     assert sorted((found.ranking or {})["0.2"]) == ["a/set", "b/set", "rigl", "static"]
     assert ("a/set", "b/set") in {(pair.a, pair.b) for pair in found.pairs}
+    looks = [search.look for search in searches.load(found, tmp_path)]
+    assert [look.name for look in looks] == ["a/set", "static", "b/set", "rigl"]
+    assert [look.dashed for look in looks] == [False, False, True, False]
 
 
 def test_start_points_that_change_what_is_shared_are_no_candidates(tmp_path: Path) -> None:
