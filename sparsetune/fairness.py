@@ -283,29 +283,37 @@ def _matched(entries: list[Entry], levels: dict[str, list[str]], match: str) -> 
 
 def _same(entries: list[Entry]) -> str:
     _equal(entries, "data", lambda e: e.record.header["data"][:12], "search all on one data set")
-    parts: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("network", lambda s: {**s["model"], "match_density": 0}),
-        ("preparation of the data", lambda s: {
-            key: s["data"][key] for key in ("validation", "augment", "normalize")}),
-        ("epochs", lambda s: s["epochs"]),
-        ("layers left dense", lambda s: s["dense_layers"]),
-    ]  # fmt: skip
+    _alike(
+        entries,
+        lambda e: e.settings,
+        {
+            "network": lambda s: {**s["model"], "match_density": 0},
+            "preparation of the data": lambda s: {
+                key: s["data"][key] for key in ("validation", "augment", "normalize")
+            },
+            "epochs": lambda s: s["epochs"],
+            "layers left dense": lambda s: s["dense_layers"],
+        },
+    )
     # In these winners may differ, where all have searched the same range: rule 1.
-    searched: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("batches and precision", lambda s: s["train"]),
-        ("optimizer", lambda s: {k: s["optimizer"][k] for k in ("name", "nesterov", "momentum")}),
-        ("learning-rate schedule", lambda s: s["schedule"]),
-    ]
-    for what, of in (*parts, *searched):
-
-        def found(entry: Entry, what: str = what, of: Callable[..., Any] = of) -> Any:
-            fixed = what in dict(parts)
-            return of(to_dict(entry.settings if fixed else entry.member.settings))
-
-        _equal(entries, what, found, _together(entries))
+    _alike(entries, lambda e: e.member.settings, {
+        "batches and precision": lambda s: s["train"],
+        "optimizer": lambda s: {k: s["optimizer"][k] for k in ("name", "nesterov", "momentum")},
+        "learning-rate schedule": lambda s: s["schedule"],
+    })  # fmt: skip
     settings = entries[0].member.settings
     left = ", ".join(settings.dense_layers) or "no layer"
     return f"{settings.model.name}, {settings.epochs} epochs, {left} left dense"
+
+
+def _alike(
+    entries: list[Entry],
+    settings: Callable[[Entry], Any],
+    parts: dict[str, Callable[[dict[str, Any]], Any]],
+) -> None:
+    for what, of in parts.items():
+        found = {entry.cell.name: of(to_dict(settings(entry))) for entry in entries}
+        _equal(entries, what, lambda entry: found[entry.cell.name], _together(entries))  # noqa: B023
 
 
 def _realised(confirmed: list[Entry]) -> str:
