@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsetune.comparison import Cell, Comparison, Interval, Line, density_of
+from sparsetune.confirm import SLACK
 from sparsetune.status import wide_console
 
 STYLES = {"broken": "bold red", "holds": "green", "does not apply": "dim"}
@@ -113,12 +114,14 @@ def _cells(title: str, cells: list[Cell]) -> Section:
          "epochs", "device-s", "confirm-s"),
         left=("method", "gradient"),
     )  # fmt: skip
+    denser = [cell for cell in cells if _is_denser(cell)]
     for cell in cells:
         line = cell.chosen
+        paper = percent(cell.paper_mean) + "*" * (cell in denser)
         density = [_share(line, "density"), _share(line, "density_sparse")]
         state = "" if cell.state == "confirmed" else cell.state
         results.add_row(
-            escape(cell.space), percent(cell.mean), percent(cell.iqm), percent(cell.paper_mean),
+            escape(cell.space), percent(cell.mean), percent(cell.iqm), paper,
             *density, number(line.parameters if line else None), state,
         )  # fmt: skip
         tuning = cell.tuning
@@ -131,7 +134,18 @@ def _cells(title: str, cells: list[Cell]) -> Section:
             str(tuning.epochs), f"{tuning.device_seconds:.0f}",
             f"{line.device_seconds:.0f}" if line else "-",
         )  # fmt: skip
-    return Section(title, [results, costs], [])
+    lines = [
+        f"* {cell.space} with the settings of its paper, untuned, keeps "
+        f"{_share(cell.paper, 'density')} of the weights, more than was asked for"
+        for cell in denser
+    ]
+    return Section(title, [results, costs], lines)
+
+
+def _is_denser(cell: Cell) -> bool:
+    """Does its paper's point, which nothing binds, keep more weights than were asked for?"""
+    kept = cell.paper.density if cell.paper else None
+    return bool(kept and cell.density and kept > cell.density * (1 + SLACK))
 
 
 def _table(headings: Iterable[str], left: Iterable[str]) -> Table:
