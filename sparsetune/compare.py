@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from sparsetune import data, models, statistics
-from sparsetune.comparison import Cell, Comparison, Line, Pair, Rule, Tuning, density_of
+from sparsetune.comparison import SLACK, Cell, Comparison, Line, Pair, Rule, Tuning, density_of
 from sparsetune.confirm import (
-    SLACK,
     called,
     candidates,
     command_for,

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+SLACK = 0.05  # how far, relatively, a density that emerges may be above the one asked for
+
 
 def density_of(level: str) -> float:
     """Of a key of Comparison.levels."""

@@ -28,6 +28,7 @@ from typing import Any
 from sparsetune import checkpoint, data, trainer
 from sparsetune.alone import setup_of
 from sparsetune.cluster import check_cluster
+from sparsetune.comparison import SLACK
 from sparsetune.config import replaced
 from sparsetune.files import CheckpointLost, insist
 from sparsetune.member import Member, Scheduling
@@ -54,7 +55,6 @@ from sparsetune.watch import Watch
 FIRST_SEED = 1001
 LEAST = {"seeds": 2, "top": 1, "multiplier": 1}
 KEYS = (*LEAST, "full", "density")
-SLACK = 0.05  # how far, relatively, a density that emerges may be above the one asked for
 NO_STOPPING = Scheduling("none", 1, 2.0, "confirmation stops no run early")
 DENSITY = "density/all"
 

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsetune.comparison import Cell, Rule
+from sparsetune.comparison import SLACK, Cell, Rule
 from sparsetune.config import flatten
 from sparsetune.confirm import (
     DENSITY,
-    SLACK,
     accuracy_name,
     command_for,
     folder_of,

@@ -11,8 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparsetune.comparison import Cell, Comparison, Interval, Line, density_of
-from sparsetune.confirm import SLACK
+from sparsetune.comparison import SLACK, Cell, Comparison, Interval, Line, density_of
 from sparsetune.status import wide_console
 
 STYLES = {"broken": "bold red", "holds": "green", "does not apply": "dim"}
