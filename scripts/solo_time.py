@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from sparsetune import data, trainer
+from sparsetune.confirm import confirmations
 from sparsetune.engine.solo import Solo
 from sparsetune.machine import processor
 from sparsetune.member import Member
@@ -98,7 +99,7 @@ def main() -> None:
         record = journal.load(folder)
         member = Member.from_header(record.header["member"])
         events: list[Any] = []
-        for part, folders in (("search", [folder]), ("confirm", folder.glob("confirm*"))):
+        for part, folders in (("search", [folder]), ("confirm", confirmations(folder).values())):
             reports = [e for each in folders for e in journal.read(each) if e["type"] == "report"]
             times[part] += [report["time"] for report in reports]
             events += reports

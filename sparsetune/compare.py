@@ -22,10 +22,9 @@ from sparsetune.confirm import (
     called,
     candidates,
     command_for,
+    confirmations,
     excess,
-    folder_of,
     group_of,
-    multiplier_of,
     role,
     seed_of,
     serving,
@@ -38,7 +37,7 @@ from sparsetune.methods.contract import make_variant
 from sparsetune.search import journal
 from sparsetune.search.journal import ENDED, Trial
 from sparsetune.settings import TrialSettings
-from sparsetune.status import inside, is_done, member_folders
+from sparsetune.status import is_done, member_folders
 from sparsetune.sweep import resume_command
 
 Match = Literal["density", "flops"]
@@ -62,12 +61,10 @@ def compare(storage: Path, names: list[str], match: Match = "density") -> Compar
     entries = [entry for name in names for entry in _entries(storage, name)]
     entries.sort(key=lambda e: (e.cell.density is None, e.cell.density or 0.0))
     known: dict[str, Any] = {}
-    entries = [replace(entry, cell=_costed(entry, known)) for entry in entries]
+    entries = _told_apart([replace(entry, cell=_costed(entry, known)) for entry in entries])
     cells = [entry.cell for entry in entries]
     if len({cell.name for cell in cells}) < len(cells):
         raise ValueError(f"name: {' '.join(names)} names a member twice; give each once")
-    entries = _told_apart(entries)
-    cells = [entry.cell for entry in entries]
     levels, notes = _levels(cells, match)
     checked = rules(entries, levels, match)
     found = {cell.name: cell for cell in cells}
@@ -140,23 +137,15 @@ def _entries(storage: Path, name: str) -> list[Entry]:
     for folder in member_folders(storage, name):
         record = journal.load(folder)
         member = Member.from_header(record.header["member"])
-        multipliers = [1, *_multipliers(folder)]
-        for multiplier in multipliers:
-            runs_folder = folder_of(folder, multiplier)
-            runs = journal.load(runs_folder) if journal.exists(runs_folder) else None
-            if multiplier == 1 and runs is None and len(multipliers) > 1:
-                continue
+        confirmed: dict[int, Path | None] = {**confirmations(folder)}
+        for multiplier, path in (confirmed or {1: None}).items():
+            runs = journal.load(path) if path else None
             served = runs.header["confirm"]["densities"] if runs else [member.density]
             for target in served:
                 tuning = _tuning(member, record, target, len(served))
                 cell = _cell(_Source(folder, member, record, runs, target, multiplier), tuning)
                 entries.append(Entry(cell, folder, member, record, runs, scheduling))
     return entries
-
-
-def _multipliers(folder: Path) -> list[int]:
-    found = (multiplier_of(path.name) for path in inside(folder) if journal.exists(path))
-    return sorted(number for number in found if number is not None and number > 1)
 
 
 def _cell(source: _Source, tuning: Tuning) -> Cell:

@@ -36,7 +36,7 @@ from sparsetune.progress import Progress
 from sparsetune.search import journal
 from sparsetune.search.journal import Journal, Trial
 from sparsetune.search.study import StartPoint
-from sparsetune.status import is_done
+from sparsetune.status import inside, is_done
 from sparsetune.sweep import (
     Extension,
     OpenMember,
@@ -114,10 +114,14 @@ def folder_of(member: Path, multiplier: int = 1) -> Path:
     return member / ("confirm" if multiplier == 1 else f"confirm-{multiplier}x")
 
 
-def multiplier_of(folder: str) -> int | None:
-    """What a member's folder of this name confirms at, as `folder_of` calls it; None: nothing."""
-    found = re.fullmatch(r"confirm(?:-([2-9]|[1-9]\d+)x)?", folder)
-    return int(found[1] or 1) if found else None
+def confirmations(member: Path) -> dict[int, Path]:
+    """The folders that `folder_of` calls so and that have a journal, by their multiplier."""
+    found = {}
+    for path in inside(member):
+        named = re.fullmatch(r"confirm(?:-([2-9]|[1-9]\d+)x)?", path.name)
+        if named and journal.exists(path):
+            found[int(named[1] or 1)] = path
+    return dict(sorted(found.items()))
 
 
 def called(name: str, multiplier: int) -> str:
@@ -413,12 +417,14 @@ class _Recording(Recording):
     def about(self, one: OpenMember, trial: Trial) -> tuple[str, str] | None:
         confirmation = self._confirmations[one.member.name]
         name, number = role(trial)
-        winners = _winners(confirmation)
-        if name == "rank" and not confirmation.header["full"] and None in winners:
-            return None  # whether it serves as a final run is not known before
+        result = name != "rank"
+        if not result and not confirmation.header["full"]:
+            winners = _winners(confirmation)
+            if None in winners:
+                return None  # whether it serves as a final run is not known before
+            result = number in winners
         record = confirmation.runs.journal.record
         group = group_of(confirmation.search.member, record, name, number)
-        result = name == "paper" or (name == serving(record) and number in winners)
         return group, "confirm" if result else "rank"
 
     def complete(self, one: OpenMember, trial: Trial) -> bool:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsetune import config
-from sparsetune.confirm import multiplier_of, role
+from sparsetune.confirm import confirmations, role
 from sparsetune.member import Member
 from sparsetune.search import journal
 from sparsetune.search.journal import Trial
 from sparsetune.settings import to_dict
-from sparsetune.status import inside, member_folders
+from sparsetune.status import member_folders
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,8 +66,7 @@ def load(name: str, storage: str | Path | None = None) -> pd.DataFrame:
 
 def _parts(folder: Path) -> Iterator[Part]:
     """The member's search, then its confirmations."""
-    confirmed = [path for path in sorted(inside(folder)) if multiplier_of(path.name)]
-    for path in [folder, *filter(journal.exists, confirmed)]:
+    for path in [folder, *confirmations(folder).values()]:
         record = journal.load(path)
         kind = "search" if path == folder else path.name
         yield kind, record, Member.from_header(record.header["member"])

@@ -20,11 +20,11 @@ import wandb
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
 from sparsetune.comparison import Cell, Comparison, Line
-from sparsetune.confirm import multiplier_of
+from sparsetune.confirm import confirmations
 from sparsetune.member import Member
 from sparsetune.search import journal
 from sparsetune.settings import WandbSettings
-from sparsetune.status import inside, member_folders
+from sparsetune.status import member_folders
 from sparsetune.tables import by_level, markdown, sections
 from sparsetune.tracking import resolve_mode
 
@@ -125,12 +125,12 @@ def _sources(comparison: Comparison, storage: Path, api: wandb.Api) -> dict[str,
         settings = member.settings.wandb
         # As `wandb.init` finds it where the settings name none.
         entity = settings.entity or api.settings["entity"] or api.default_entity
-        runs = [path for path in inside(folder) if multiplier_of(path.name)]
+        runs = [journal.header(path)["confirm"] for path in confirmations(folder).values()]
         sources[member.name] = _Source(
             member,
             header["sweep_id"],
             f"{entity}/{settings.project}",
-            any(not journal.header(p)["confirm"]["full"] for p in runs if journal.exists(p)),
+            any(not each["full"] for each in runs),
         )
     return sources
 
