@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from sparsetune import data, models, statistics
-from sparsetune.comparison import SLACK, Cell, Comparison, Line, Pair, Rule, Tuning, density_of
+from sparsetune.comparison import (
+    SLACK,
+    Cell,
+    Comparison,
+    Line,
+    Pair,
+    Rule,
+    Tuning,
+    density_of,
+    told_apart,
+)
 from sparsetune.confirm import (
     called,
     candidates,
@@ -61,8 +71,12 @@ def compare(storage: Path, names: list[str], match: Match = "density") -> Compar
     entries = [entry for name in names for entry in _entries(storage, name)]
     entries.sort(key=lambda e: (e.cell.density is None, e.cell.density or 0.0))
     known: dict[str, Any] = {}
-    entries = _told_apart([replace(entry, cell=_costed(entry, known)) for entry in entries])
-    cells = [entry.cell for entry in entries]
+    called_apart = told_apart([(entry.cell.sweep, entry.cell.space) for entry in entries])
+    cells = [
+        replace(_costed(entry, known), space=space)
+        for entry, space in zip(entries, called_apart, strict=True)
+    ]
+    entries = [replace(entry, cell=cell) for entry, cell in zip(entries, cells, strict=True)]
     if len({cell.name for cell in cells}) < len(cells):
         raise ValueError(f"name: {' '.join(names)} names a member twice; give each once")
     levels, notes = _levels(cells, match)
@@ -85,18 +99,6 @@ def compare(storage: Path, names: list[str], match: Match = "density") -> Compar
         notes=notes,
         about=_about(entries),
     )
-
-
-def _told_apart(entries: list[Entry]) -> list[Entry]:
-    """Spaces that several sweeps have are called by their sweep, too."""
-    sweeps: dict[str, set[str]] = {}
-    for entry in entries:
-        sweeps.setdefault(entry.cell.space, set()).add(entry.cell.sweep)
-
-    def called_apart(cell: Cell) -> str:
-        return f"{cell.sweep}/{cell.space}" if len(sweeps[cell.space]) > 1 else cell.space
-
-    return [replace(e, cell=replace(e.cell, space=called_apart(e.cell))) for e in entries]
 
 
 def _forbidden(checked: list[Rule]) -> bool:

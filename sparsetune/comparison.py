@@ -18,6 +18,14 @@ def density_of(level: str) -> float:
     return float(level.partition(" ")[0])
 
 
+def told_apart(places: list[tuple[str, str]]) -> list[str]:
+    """What each (sweep, space) is called: by its sweep, too, where several sweeps have it."""
+    sweeps: dict[str, set[str]] = {}
+    for sweep, space in places:
+        sweeps.setdefault(space, set()).add(sweep)
+    return [f"{sweep}/{space}" if len(sweeps[space]) > 1 else space for sweep, space in places]
+
+
 class Interval(NamedTuple):
     """An estimate with its 95 % interval."""
 

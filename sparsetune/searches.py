@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 
 from sparsetune.charts import CROSS, Axis, Chart, Look, bars, parallel
-from sparsetune.comparison import Comparison
+from sparsetune.comparison import Comparison, told_apart
 from sparsetune.member import Member
 from sparsetune.pictures import SMALL, as_percent, figure, look_of, sparse, window
 from sparsetune.search import journal
@@ -51,17 +51,11 @@ def load(comparison: Comparison, storage: Path) -> list[Search]:
     folders = [each for name in comparison.names for each in member_folders(storage, name)]
     records = [journal.load(folder) for folder in folders]
     members = [Member.from_header(record.header["member"]) for record in records]
-    sweeps: dict[str, set[str]] = {}
-    for member in members:
-        sweeps.setdefault(member.space.name, set()).add(member.name.partition("/")[0])
-
-    def look(member: Member) -> Look:
-        space = member.space.name
-        if len(sweeps[space]) > 1:
-            space = f"{member.name.partition('/')[0]}/{space}"
-        return look_of(comparison, space, member.method.name)
-
-    return [Search(m, record, look(m)) for m, record in zip(members, records, strict=True)]
+    spaces = told_apart([(m.name.partition("/")[0], m.space.name) for m in members])
+    return [
+        Search(member, record, look_of(comparison, space, member.method.name))
+        for member, record, space in zip(members, records, spaces, strict=True)
+    ]
 
 
 def figures(found: list[Search]) -> list[str]:
