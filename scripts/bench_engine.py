@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sparsetune import data, trainer
-from sparsetune.engine.csr import Csr
+from sparsetune.engine.csr.backend import Csr
 from sparsetune.engine.solo import Solo
-from sparsetune.engine.stacked import Stacked
+from sparsetune.engine.stacked.backend import Stacked
 from sparsetune.machine import processor
-from sparsetune.memory import keep_freed_memory
 from sparsetune.settings import DataSettings, ModelSettings, OptimizerSettings, TrialSettings
+from sparsetune.training import data, trainer
+from sparsetune.training.memory import keep_freed_memory
 
 BACKENDS: dict[str, Callable[[int], Any]] = {"solo": Solo, "csr": Csr, "stacked": Stacked}
 AIM = {("csr", 0.1): (3.5, 4.5), ("csr", 0.05): (5.5, 7.0), ("csr", 0.02): (9.0, 12.0)}

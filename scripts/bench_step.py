@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsetune import data, models, optim, trainer
 from sparsetune.machine import processor
-from sparsetune.memory import keep_freed_memory
 from sparsetune.methods.update import update_alone, update_keys
 from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
+from sparsetune.training import data, models, optim, trainer
+from sparsetune.training.memory import keep_freed_memory
 
 BATCH = 128
 # What the project promises; "public" is what other code measured at density 0.1, one thread.

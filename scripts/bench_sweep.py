@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sparsetune.search import journal
+from sparsetune.store import journal
 
 HERE = Path(__file__).parent
 

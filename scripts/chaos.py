@@ -31,16 +31,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
-import local_cluster  # noqa: E402
-import processes  # noqa: E402
-from wandb_files import read_runs  # noqa: E402
+from helpers import local_cluster, processes  # noqa: E402
+from helpers.wandb_files import read_runs  # noqa: E402
 
-from sparsetune import checkpoint  # noqa: E402
-from sparsetune.member import Member, Sweep  # noqa: E402
-from sparsetune.search import journal  # noqa: E402
+from sparsetune.cluster.trial import trial_folder  # noqa: E402
 from sparsetune.search.scheduler import Asha, Rungs  # noqa: E402
 from sparsetune.search.study import MemberSearch  # noqa: E402
-from sparsetune.trial import trial_folder  # noqa: E402
+from sparsetune.space.member import Member, Sweep  # noqa: E402
+from sparsetune.store import journal  # noqa: E402
+from sparsetune.training import checkpoint  # noqa: E402
 
 TITLES = {"engine": "ray::EngineActor", "trial": "ray::ImplicitFunc"}
 WAIT_SECONDS = (1.0, 12.0)  # between the first report after a start or a kill, and the next kill

@@ -36,9 +36,9 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve()
 sys.path.append(str(HERE.parents[1] / "tests"))
 
-import processes  # noqa: E402
+from helpers import processes  # noqa: E402
 
-from sparsetune.search import journal  # noqa: E402
+from sparsetune.store import journal  # noqa: E402
 
 SPACE = """\
 method: set

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD
 if "$python" -c 'import pytest' 2>/dev/null; then
-  "$python" -m pytest tests/test_engine_stacked.py tests/test_engine.py -k gpu
+  "$python" -m pytest tests/engine/test_stacked.py tests/engine/test_pool.py -k gpu
 fi
 "$python" scripts/bench_step.py --device cuda
 for model in lenet300100 lenet5; do

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sparsetune import data, trainer
 from sparsetune.settings import DataSettings, ModelSettings, TrialSettings, UpdateSettings
+from sparsetune.training import data, trainer
 
 EPOCHS = 5
 SET = {"variant": {"prune": "magnitude", "new_value": "zero", "decay": "cosine"}}

@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-from sparsetune import data, trainer
-from sparsetune.confirm import confirmations
+from sparsetune.comparison.confirm import confirmations
 from sparsetune.engine.solo import Solo
 from sparsetune.machine import processor
-from sparsetune.member import Member
-from sparsetune.memory import keep_freed_memory
-from sparsetune.search import journal
 from sparsetune.settings import TrialSettings
-from sparsetune.status import member_folders
+from sparsetune.space.member import Member
+from sparsetune.store import journal
+from sparsetune.sweeps.status import member_folders
+from sparsetune.training import data, trainer
+from sparsetune.training.memory import keep_freed_memory
 
 PAUSE = 120  # seconds without any event
 

@@ -10,11 +10,11 @@ __all__ = ["load", "trainable"]
 def __getattr__(name: str) -> Any:
     # Late, so that `import sparsetune.methods` needs no more than torch and no Ray.
     if name == "trainable":
-        from sparsetune.alone import trainable
+        from sparsetune.sweeps.alone import trainable
 
         return trainable
     if name == "load":
-        from sparsetune.frames import load
+        from sparsetune.reports.frames import load
 
         return load
     raise AttributeError(f"module 'sparsetune' has no attribute '{name}'")

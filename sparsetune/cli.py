@@ -29,8 +29,8 @@ MATCH = click.option(
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the program with status 2 where the code within finds fault with what the user gave."""
-    from sparsetune.files import StorageAway
-    from sparsetune.search.lock import SweepHeld
+    from sparsetune.store.lock import SweepHeld
+    from sparsetune.store.paths import StorageAway
 
     try:
         yield
@@ -72,13 +72,15 @@ def sweep(words: tuple[str, ...], dry_run: bool) -> None:
 
 
 def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run: bool) -> None:
-    from sparsetune import member, sweep, warm
-    from sparsetune.cluster import check_cluster
+    from sparsetune.cluster.tuner import check_cluster
+    from sparsetune.space import member
+    from sparsetune.sweeps import run as sweep
+    from sparsetune.sweeps import warm_start
 
     spaces = [word for word in words if "=" not in word and word[:1] not in "+~"]
     with ExitStack() as stack:
         with user_errors():
-            resolved = warm.warmed(
+            resolved = warm_start.warmed(
                 member.resolve(spaces, [w for w in words if w not in spaces], command)
             )
             if dry_run:
@@ -93,7 +95,7 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
 
 
 def _run(members: list[Any], undo: Callable[[], bool] = lambda: False) -> int:
-    from sparsetune import sweep
+    from sparsetune.sweeps import run as sweep
 
     again = sweep.resume_command(members[0].folder.parent)
     return _guarded(lambda: sweep.run(members), again, undo)
@@ -103,9 +105,9 @@ def _guarded(run: Callable[[], int], again: str, undo: Callable[[], bool] = lamb
     """The exit status of `run`; what ended it without being a bug is said, and how to go on.
 
     Where the cluster cannot be used, `undo` may have the command as if it had not been given."""
-    from sparsetune.files import CheckpointLost, StorageAway
-    from sparsetune.fleet import ClusterError
-    from sparsetune.search.lock import SweepHeld
+    from sparsetune.cluster.fleet import ClusterError
+    from sparsetune.store.lock import SweepHeld
+    from sparsetune.store.paths import CheckpointLost, StorageAway
 
     try:
         return run()
@@ -151,7 +153,7 @@ def _preview(resolved: Any) -> str:
 
 def _named(words: tuple[str, ...], allowed: set[str]) -> dict[str, Any]:
     """{name, storage, ...} from a name and key=value words."""
-    from sparsetune import config
+    from sparsetune.space import config
 
     names = [word for word in words if "=" not in word]
     given = config.parse_words([word for word in words if "=" in word])
@@ -183,7 +185,9 @@ def resume(words: tuple[str, ...], allow_wider: bool, retry_failed: bool) -> Non
     wandb.mode.
     What else is given must be what the sweep has; ranges may become wider, with --allow-wider.
     """
-    from sparsetune import changes, status, sweep
+    from sparsetune.sweeps import run as sweep
+    from sparsetune.sweeps import status
+    from sparsetune.sweeps import unchanged as changes
 
     specs = [word for word in words if "=" not in word]
     keys = {"name", "storage", "trials", *changes.PLACES}
@@ -222,9 +226,9 @@ def confirm(words: tuple[str, ...], retry_failed: bool) -> None:
     where on a front of accuracy and density, if one was searched, the method is to be compared.
     Where runs are trained may change as with resume. Called again it goes on; more seeds are added.
     """
-    from sparsetune import changes
-    from sparsetune import confirm as confirmation
-    from sparsetune.sweep import Extension
+    from sparsetune.comparison import confirm as confirmation
+    from sparsetune.sweeps import unchanged as changes
+    from sparsetune.sweeps.run import Extension
 
     with ExitStack() as stack:
         with user_errors():
@@ -251,7 +255,7 @@ def status(words: tuple[str, ...], as_json: bool) -> None:
     \b
     sparsetune status [NAME] [--json] [storage=FOLDER]
     """
-    from sparsetune import status as state
+    from sparsetune.sweeps import status as state
 
     with user_errors():
         given = _named(words, set())
@@ -293,7 +297,7 @@ def dashboard(words: tuple[str, ...], port: int) -> None:
     Shows a copy, on this machine alone: what is done there does not reach the sweep. Needs:
     pip install 'sparsetune[dashboard]'
     """
-    from sparsetune import dashboard as shown
+    from sparsetune.reports import dashboard as shown
 
     with user_errors():
         storage, names = _names(words)
@@ -327,7 +331,7 @@ def export(words: tuple[str, ...], trial: str, to_wandb: bool) -> None:
     After model.eval() it takes images in 0..1 from which saved["normalization"]["mean"] is
     subtracted, and which are then divided by saved["normalization"]["deviation"], per channel.
     """
-    from sparsetune import export as exporting
+    from sparsetune.reports import export as exporting
 
     with user_errors():
         own = [word for word in words if "=" not in word]
@@ -361,8 +365,8 @@ def compare(
     sparsetune compare NAME [NAME ...] [--match density|flops] [--json] [--csv FILE]
     Where a rule that forbids a ranking is broken there is none, but the reason and what mends it.
     """
-    from sparsetune import compare as comparing
-    from sparsetune import tables
+    from sparsetune.comparison import compare as comparing
+    from sparsetune.reports import tables
 
     with user_errors():
         storage, names = _names(words)
@@ -404,13 +408,13 @@ def report(
     The page needs no network: one file, with tables, pictures and the rules. With --wandb alone
     there is none.
     """
-    from sparsetune import compare as comparing
-    from sparsetune import report as html
+    from sparsetune.comparison import compare as comparing
+    from sparsetune.reports import page as html
 
     with user_errors():
         storage, names = _names(words)
         if target is not None:
-            from sparsetune import wandb_report  # ValueError without the extra `report`
+            from sparsetune.reports import wandb_report  # ValueError without the extra `report`
 
             place = wandb_report.place(target)
         found = comparing.compare(storage, names, match)
@@ -427,7 +431,7 @@ def report(
 def methods(words: tuple[str, ...]) -> None:
     """The sparse training methods, their variants and hyperparameters."""
     from sparsetune.methods import METHODS
-    from sparsetune.status import wide_console
+    from sparsetune.sweeps.status import wide_console
 
     _no_name(words)
 
@@ -457,8 +461,8 @@ def _no_name(words: tuple[str, ...]) -> None:
 @WORDS
 def spaces(words: tuple[str, ...]) -> None:
     """The search spaces that come with sparsetune: what each fixes and searches."""
-    from sparsetune import space
-    from sparsetune.status import wide_console
+    from sparsetune.space import space
+    from sparsetune.sweeps.status import wide_console
 
     _no_name(words)
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -28,15 +28,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from sparsetune import checkpoint, files
-from sparsetune.checkpoint import Snapshot
-from sparsetune.data import Dataset
 from sparsetune.engine.pool import Pool, choose, prepare, structure
-from sparsetune.files import AWAY_SECONDS, StorageAway, insist, why
-from sparsetune.imports import work_in
-from sparsetune.memory import keep_freed_memory
+from sparsetune.names import work_in
 from sparsetune.settings import TrialSettings, from_dict
-from sparsetune.trainer import Metrics
+from sparsetune.store import paths
+from sparsetune.store.paths import AWAY_SECONDS, StorageAway, insist, why
+from sparsetune.training import checkpoint
+from sparsetune.training.checkpoint import Snapshot
+from sparsetune.training.data import Dataset
+from sparsetune.training.memory import keep_freed_memory
+from sparsetune.training.trainer import Metrics
 
 T = TypeVar("T")
 POLL_SECONDS = 20.0  # how long an answer may take; the trial then asks again, which shows it lives
@@ -152,7 +153,7 @@ class Engine:
                 key,
                 self._tokens,
                 settings,
-                files.place(folder),
+                paths.place(folder),
                 save_every,
                 frozenset(decisions),
                 suspect,

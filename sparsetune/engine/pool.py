@@ -15,14 +15,15 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from sparsetune import checkpoint, data, trainer
-from sparsetune.checkpoint import Snapshot
-from sparsetune.engine import csr, stacked
-from sparsetune.engine.csr import Csr
+from sparsetune.engine.csr import backend as csr
+from sparsetune.engine.csr.backend import Csr
 from sparsetune.engine.solo import Solo
-from sparsetune.engine.stacked import Stacked
+from sparsetune.engine.stacked import backend as stacked
+from sparsetune.engine.stacked.backend import Stacked
 from sparsetune.settings import TrialSettings, to_dict
-from sparsetune.trainer import Metrics, Setup, TrialState
+from sparsetune.training import checkpoint, data, trainer
+from sparsetune.training.checkpoint import Snapshot
+from sparsetune.training.trainer import Metrics, Setup, TrialState
 
 
 class Backend(Protocol):

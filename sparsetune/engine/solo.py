@@ -3,9 +3,9 @@ that fill a device alone."""
 
 from __future__ import annotations
 
-from sparsetune import checkpoint, trainer
-from sparsetune.checkpoint import Snapshot
-from sparsetune.trainer import Metrics, Setup, TrialState
+from sparsetune.training import checkpoint, trainer
+from sparsetune.training.checkpoint import Snapshot
+from sparsetune.training.trainer import Metrics, Setup, TrialState
 
 
 class Solo:

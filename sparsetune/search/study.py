@@ -22,7 +22,7 @@ import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.trial import TrialState
 
-from sparsetune.search.journal import Journal, Member, Trial
+from sparsetune.store.journal import Journal, Member, Trial
 
 STATES = {
     "running": TrialState.RUNNING,

@@ -1,0 +1,1 @@
+"""Ray: the Tuner, the fleet of engines, its nodes, the light trial."""

@@ -1,0 +1,172 @@
+"""The Ray that a sweep runs on: reaching it, its engines, one Tuner over all trials.
+
+The rule to know: the Tuner is new each time and its snapshots are scratch. Trials are light
+processes that need no CPU; the engines (`fleet.py`) hold the places where trials train.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsetune.cluster.fleet import ClusterError, Fleet
+from sparsetune.cluster.trial import sweep_trial
+from sparsetune.cluster.watch import Watch
+from sparsetune.search.study import SearchMember
+from sparsetune.space.config import RaySettings, SweepSettings
+from sparsetune.space.member import Scheduling
+
+PROCESSES = 40  # of trials and engines that one machine may well have
+TRIAL_BYTES = 120_000_000  # of memory that a trial's process needs
+ANSWER_SECONDS = 5.0  # how long a cluster's head may take to answer
+QUIET = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the journal is the truth; a snapshot costs 13 ms
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # tried again, or in the trial's error.txt
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # users' relative paths and modules go on meaning the same
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # our py_modules are added to what a job was given
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # the searcher knows how many there may be
+}
+
+
+def check_cluster(settings: RaySettings, storage: Path) -> None:
+    """ClusterError where the cluster that is asked for does not answer, or would lose the sweep."""
+    key, address = "ray.address" if settings.address else "RAY_ADDRESS", settings.cluster
+    if not address:
+        return
+    if "working_dir_files" in storage.resolve().parts:
+        raise ClusterError(
+            f"storage: {storage} is in Ray's copy of the job's folder, which ends with the job; "
+            "give storage=FOLDER that all nodes share"
+        )
+    place = address
+    if address == "auto":
+        place = os.environ.get("RAY_ADDRESS") or _running_here()
+        if not place:
+            raise ClusterError(
+                f"{key}: auto finds no cluster on this machine; start one by `ray start --head`, "
+                "give ray.address=HOST:PORT, or leave it out to use this machine alone"
+            )
+    host, _, port = place.strip().rpartition(":")
+    try:
+        # Ray itself would try for minutes.
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"{key}: no cluster answers at '{place}' ({error}); write HOST:PORT of a head "
+            "that runs, or leave it out to use this machine alone"
+        ) from error
+
+
+def _running_here() -> str:
+    """The cluster that a node on this machine belongs to, as Ray itself looks for it."""
+    known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    if known.exists():
+        return known.read_text()
+    for each in Path("/proc").glob("[0-9]*/cmdline"):  # of a node with a --temp-dir of its own
+        with contextlib.suppress(OSError):
+            command = each.read_bytes().decode(errors="replace")
+            found = re.match(r"[^\s\0]*/raylet\0.*?--gcs-address=([^\s\0]+)", command, re.DOTALL)
+            if found:
+                return found[1]
+    return ""
+
+
+def tune_all(
+    members: list[SearchMember],
+    settings: SweepSettings,
+    scheduling: Scheduling,
+    default_slots: Callable[[bool | None], int],
+    needs: dict[str, Any],
+    runtime_env: dict[str, Any],
+    watch: Watch,
+) -> None:
+    """All open and new trials of all members in one Tuner.
+
+    `default_slots` and `needs` (of a cluster's nodes) are the fleet's; `runtime_env` is what Ray
+    brings to the nodes.
+    """
+    os.environ.update(QUIET)
+    # Ray prints a warning at four times as many processes as it starts at once.
+    at_once = max(os.cpu_count() or 1, PROCESSES // 4)
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(at_once))
+    # What failed is tried again, or told at the end; Tune would print its traceback each time.
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
+    import ray
+    from ray import tune
+
+    from sparsetune.search.scheduler import Asha, JournalScheduler
+    from sparsetune.search.searcher import JournalSearcher, Reraise
+
+    address = settings.ray.cluster or "local"  # plain init joins a dead cluster's stale address
+    # Tune refuses a trial that asks for nothing, and the engines have all the cores. All trials'
+    # processes are on one node as far as it has what they ask for.
+    memory = 1 if address == "local" else TRIAL_BYTES
+    open_trials = sum(
+        member.record.asked - sum(t.status != "running" for t in member.record.trials.values())
+        for member in members
+    )
+    with watch.signals(), tempfile.TemporaryDirectory() as scratch:
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=False if address == "local" else None,
+                runtime_env=runtime_env or None,
+            )
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            if address == "local":
+                raise
+            raise ClusterError(
+                f"ray.address: the cluster at '{address}' answers, but cannot be used from here "
+                f"({' '.join(str(error).split())[:500]}); start sweeps on one of its nodes, or by "
+                "`ray job submit`"
+            ) from error
+        try:
+            fleet = Fleet(settings, open_trials, default_slots, needs, watch.progress.note)
+            fleet.begin()
+            searcher = JournalSearcher(
+                members,
+                settings.seed,
+                fleet.places,
+                settings.concurrency,
+                fleet.detach,
+                fleet.follow,
+                settings.failures,
+            )
+            asha = (
+                Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None
+            )
+            scheduler = JournalScheduler(searcher, settings.epochs, asha)
+            watch.on_leave = searcher.drain
+            if watch.leaving_since is not None:  # the signal came while Ray started
+                return
+            tuner = tune.Tuner(
+                tune.with_resources(sweep_trial, tune.PlacementGroupFactory([{"memory": memory}])),
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True
+                ),
+                run_config=tune.RunConfig(
+                    name="scratch",
+                    storage_path=scratch,
+                    callbacks=[Reraise(searcher, watch.tick, watch.install)],
+                    failure_config=tune.FailureConfig(max_failures=-1),
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+            if searcher.error is not None:
+                raise searcher.error
+        finally:
+            ray.shutdown()

@@ -1,0 +1,1 @@
+"""Slots whose tensors are dense: in turn on a CPU, stacked along one axis on a GPU."""

@@ -1,0 +1,377 @@
+"""Many trials on a GPU: all slots as one tensor per parameter, [K, ...], one step for all of them.
+
+The rule to know: the step is `step.make` under `torch.vmap`, and a GPU replays it as one captured
+graph that finds batches and numbers in tables on the device, so that the host waits only where a
+topology is updated. K is fixed for a pool, however many slots are filled: batched kernels may round
+otherwise for another K, and a slot's results must not depend on its neighbours. What an empty slot
+computes is never read.
+
+Longer than other modules: the host's half (`Lifted`) and the device's (`Stack`) are one procedure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsetune.engine.stacked import step
+from sparsetune.methods.contract import Layers
+from sparsetune.methods.update import Keys, lifted_update, update_keys
+from sparsetune.training import checkpoint, data, optim, trainer
+from sparsetune.training.checkpoint import Snapshot
+from sparsetune.training.trainer import Metrics, Setup, TrialState
+
+WARM_UP = 3  # calls before a graph is captured, as in PyTorch's manual
+
+
+class Held(NamedTuple):
+    """Of a slot, what the host knows; the tensors of `state` are those of the last epoch's end."""
+
+    setup: Setup
+    state: TrialState
+
+
+def padded(slots: int) -> int:
+    """K: 1, 2, 4, ..., so that few sizes of graphs and kernels exist."""
+    return 1 << (slots - 1).bit_length()
+
+
+class Lifted:
+    """See `pool.Backend`. `compiles`: the step is fused by Inductor."""
+
+    def __init__(self, slots: int, compiles: bool) -> None:
+        self._slots, self._compiles = padded(slots), compiles
+        self._held: dict[int, Held] = {}
+        self._stack: Stack | None = None
+
+    def attach(self, slot: int, setup: Setup, start: Snapshot | None) -> None:
+        state = trainer.begin(setup) if start is None else checkpoint.decode(setup, start)
+        if self._stack is None:
+            self._stack = Stack(self._slots, setup, state, self._compiles)
+        self._stack.put(slot, setup, state)
+        self._held[slot] = Held(setup, state)
+
+    def advance(self) -> dict[int, Metrics]:
+        if not self._held:
+            return {}
+        assert self._stack is not None
+        began = time.perf_counter()
+        self._stack.begin_epoch(self._held)
+        now = {slot: held.state for slot, held in self._held.items()}
+        for _ in range(next(iter(self._held.values())).setup.steps_per_epoch):
+            self._stack.advance()
+            now = {slot: state._replace(step=state.step + 1) for slot, state in now.items()}
+            due = [s for s, held in self._held.items() if trainer.is_due(held.setup, now[s].step)]
+            if due:
+                self._update({slot: Held(self._held[slot].setup, now[slot]) for slot in due})
+                now |= {slot: now[slot]._replace(updates=now[slot].updates + 1) for slot in due}
+        results = {}
+        for slot, (setup, before) in self._held.items():
+            loss, *active = (self._stack.running.sums[slot] / setup.steps_per_epoch).cpu()
+            state, results[slot] = trainer.end_epoch(
+                setup, before, self._stack.state(slot, now[slot]), float(loss), active
+            )
+            if setup.moves_masks:
+                self._stack.put_masks(slot, state.masks, state.ever)
+            # Only its masks are read again, as those before the next epoch.
+            masks = {name: mask.clone() for name, mask in state.masks.items()}
+            self._held[slot] = Held(setup, state._replace(masks=masks))
+        seconds = (time.perf_counter() - began) / len(results)
+        return {slot: metrics | {"device_seconds": seconds} for slot, metrics in results.items()}
+
+    def snapshot(self, slot: int) -> Snapshot:
+        assert self._stack is not None
+        state = self._stack.state(slot, self._held[slot].state)
+        # Copies: on a CPU a snapshot would otherwise share the stack's memory.
+        return checkpoint.encode(pytree.tree_map_only(Tensor, torch.clone, state))
+
+    def detach(self, slot: int) -> None:
+        del self._held[slot]
+
+    def try_step(self) -> None:
+        """One step that is thrown away; raises what torch.vmap has against the network."""
+        assert self._stack is not None
+        self._stack.begin_epoch(self._held)
+        self._stack.step()
+
+    def _update(self, due: dict[int, Held]) -> None:
+        """All slots take the update and those due keep it: K is fixed here as well."""
+        assert self._stack is not None
+        stack, (setup, _) = self._stack, next(iter(due.values()))
+        streams = {
+            slot: update_keys(stack.masks, held.setup.settings.seed, held.state.updates)
+            for slot, held in due.items()
+        }
+        progress = {
+            slot: held.setup.schedule.progress(held.state.step, held.setup.num_steps)
+            for slot, held in due.items()
+        }
+        some = next(iter(due))
+        keys = {
+            name: Keys(
+                *(
+                    torch.stack([streams.get(k, streams[some])[name][i] for k in stack.range])
+                    for i in range(len(Keys._fields))
+                )
+            )
+            for name in stack.masks
+        }
+
+        def update(*args: Any) -> Any:
+            params, masks, momenta, grads, state, hp, done, key = args
+            return lifted_update(
+                setup.method, params, masks, momenta, grads, state, setup.variant, hp, done, key
+            )
+
+        share = [progress.get(k, 0.0) for k in stack.range]
+        device = setup.device
+        params, masks, reset, state = torch.vmap(update)(
+            {name: stack.running.params[name] for name in stack.masks},
+            stack.masks,
+            stack.momenta(setup),
+            {name: stack.raw[name] for name in stack.masks},
+            stack.method,
+            stack.hp,
+            torch.tensor(share, dtype=torch.float64, device=device),
+            keys,
+        )
+        chosen = torch.tensor([k in due for k in stack.range], device=device)
+        stack.take(chosen, params, masks, reset, state)
+
+
+class Stack:
+    """The tensors of K slots, each with the slot as its first axis, at fixed addresses."""
+
+    def __init__(self, slots: int, setup: Setup, state: TrialState, compiles: bool) -> None:
+        def room(tensor: Tensor) -> Tensor:
+            return tensor.new_zeros((slots, *tensor.shape))
+
+        self.range = range(slots)
+        self._setup, self._compiles = setup, compiles
+        gates = trainer.gates_of(setup, state)
+        active = trainer.num_active(setup, gates)
+        self.running: step.Running
+        self.running, self.masks, self.ever, self.method, self.hp, self._active = pytree.tree_map(
+            room,
+            (
+                step.Running(
+                    state.params,
+                    state.buffers,
+                    *state.moments,
+                    gates,
+                    torch.cat([active.new_zeros(1), active]),
+                ),
+                state.masks,
+                state.ever,
+                state.method,
+                step.hyperparameters(setup),
+                active,
+            ),
+        )
+        steps, size = setup.steps_per_epoch, self._batch_size
+        numbers = optim.step_numbers(setup.settings.optimizer, setup.settings.schedule, 1, 1)
+        self._places = torch.zeros(steps, slots, size, dtype=torch.int64, device=setup.device)
+        self._numbers = torch.zeros(steps, slots, len(numbers), device=setup.device)
+        self._epsilon = torch.zeros(slots, device=setup.device)
+        self._step_number = torch.zeros(1, dtype=torch.int64, device=setup.device)
+        self._offsets: data.Offsets | None = None
+        self.raw: Layers = {}
+        self._lifted: Callable[..., Any] | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def _batch_size(self) -> int:
+        return min(self._setup.settings.train.batch_size, len(self._setup.train_index))
+
+    def put(self, slot: int, setup: Setup, state: TrialState) -> None:
+        """A slot's tensors from a state's; sums are left alone."""
+        gates = trainer.gates_of(setup, state)
+        running = (state.params, state.buffers, *state.moments, gates)
+        hp, active = step.hyperparameters(setup), trainer.num_active(setup, gates)
+        theirs = (running, state.masks, state.ever, state.method, hp, active)
+        ours = (tuple(self.running[:5]), self.masks, self.ever, self.method, self.hp, self._active)
+        for stacked, tensor in zip(*map(pytree.tree_leaves, (ours, theirs)), strict=True):
+            stacked[slot].copy_(tensor)
+        self._epsilon[slot] = setup.settings.optimizer.eps
+
+    def put_masks(self, slot: int, masks: Layers, ever: Layers) -> None:
+        for stacked, theirs in ((self.masks, masks), (self.ever, ever)):
+            for name, tensor in theirs.items():
+                stacked[name][slot].copy_(tensor)
+
+    def take(
+        self, chosen: Tensor, params: Layers, masks: Layers, reset: Layers, state: Any
+    ) -> None:
+        """The outcome of an update, for the slots that are `chosen` [K]."""
+
+        def these(tensor: Tensor) -> Tensor:
+            return chosen.view(-1, *[1] * (tensor.dim() - 1))
+
+        for name, mask in masks.items():
+            for old, new in ((self.running.params[name], params[name]), (self.masks[name], mask)):
+                old.copy_(torch.where(these(new), new, old))
+            self.ever[name].logical_or_(self.masks[name])
+            if name in self.running.gates:
+                self.running.gates[name].copy_(self.masks[name])
+        for moments in (self.running.first, self.running.second):
+            for name in reset.keys() & moments.keys():
+                moments[name].masked_fill_(reset[name] & these(reset[name]), 0)
+        leaves = map(pytree.tree_leaves, (self.method, state))
+        for old, new in zip(*leaves, strict=True):
+            old.copy_(torch.where(these(new), new, old))
+        gates = self.running.gates
+        self._active.copy_(torch.vmap(lambda g: trainer.num_active(self._setup, g))(gates))
+
+    def state(self, slot: int, counts: TrialState) -> TrialState:
+        """The slot's state, of views; its numbers are those of `counts`."""
+
+        def one(layers: Layers) -> Layers:
+            return {name: tensor[slot] for name, tensor in layers.items()}
+
+        params, buffers, first, second, *_ = self.running
+        return counts._replace(
+            params=one(params),
+            buffers=one(buffers),
+            moments=optim.Moments(one(first), one(second)),
+            masks=one(self.masks),
+            ever=one(self.ever),
+            method=pytree.tree_map(lambda tensor: tensor[slot], self.method),
+        )
+
+    def momenta(self, setup: Setup) -> Layers:
+        """`optim.momentum_of` of all slots."""
+        names = list(self.masks)
+        first, second = self.running.first, self.running.second
+        if setup.settings.optimizer.name == "sgd":
+            return {name: first[name] for name in names}
+        return {
+            name: first[name]
+            / (second[name].sqrt() + self._epsilon.view(-1, *[1] * (first[name].dim() - 1)))
+            for name in names
+        }
+
+    def begin_epoch(self, held: dict[int, Held]) -> None:
+        """Fills the tables of batches and numbers."""
+        known: dict[Any, trainer.Batches] = {}
+        offsets: list[data.Offsets | None] = [None for _ in self.range]
+        for slot, (setup, state) in held.items():
+            key = trainer.batches_key(setup, state.epoch)
+            if key not in known:
+                known[key] = trainer.batches(setup, state.epoch)
+            self._places[:, slot].copy_(known[key].places)
+            offsets[slot] = known[key].offsets
+            numbers = [
+                optim.step_numbers(
+                    setup.settings.optimizer,
+                    setup.settings.schedule,
+                    state.step + 1 + number,
+                    setup.num_steps,
+                )
+                for number in range(setup.steps_per_epoch)
+            ]
+            self._numbers[:, slot].copy_(torch.tensor(numbers))
+        self._fill_offsets(offsets)
+        self.running.sums.zero_()
+        self._step_number.zero_()
+
+    def _fill_offsets(self, offsets: list[data.Offsets | None]) -> None:
+        """All slots' augmentation in one table: slot k's image i is at k * num + i."""
+        given = next((each for each in offsets if each is not None), None)
+        if given is None:
+            return
+        table = data.Offsets(
+            *(
+                torch.cat(fields)
+                for fields in zip(*(each or given for each in offsets), strict=True)
+            )
+        )
+        if self._offsets is None:
+            self._offsets = table
+        for old, new in zip(self._offsets, table, strict=True):
+            old.copy_(new)
+
+    def advance(self) -> None:
+        """One step of all slots."""
+        if self._setup.device.type != "cuda":
+            self.step()
+            return
+        if self._graph is None:
+            self._graph = self._captured()
+        self._graph.replay()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        kept = [tensor.clone() for tensor in (*step.tensors(self.running), self._step_number)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        tensors = [*step.tensors(self.running), self._step_number]
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The same, launched operation by operation."""
+        self._setup.model.train()
+        places = self._places.index_select(0, self._step_number)[0]
+        numbers = self._numbers.index_select(0, self._step_number)[0]
+        args = (self.running, self.method, self.hp, numbers, *self._inputs(places))
+        if self._lifted is None:
+            self._lifted = self._chosen(args)
+            if self._compiles:
+                self._lifted = step.compiled(self._lifted, args)
+        after, self.raw = self._lifted(*args)
+        if not self._setup.moves_masks:
+            after.sums[:, 1:] += self._active
+        for old, new in zip(step.tensors(self.running), step.tensors(after), strict=True):
+            if new is not old:
+                old.copy_(new)
+        self._step_number += 1
+
+    def _chosen(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """The step of all slots. Lifted convolutions are grouped ones, which on a GPU may be slower
+        than the slots' own one after another: the faster of both, once for all epochs."""
+        alone = step.make(self._setup)
+        ways: list[Callable[..., Any]] = [torch.vmap(alone), torch.vmap(alone, chunk_size=1)]
+        if self._setup.device.type != "cuda" or not self._convolves:
+            return ways[0]
+        seconds = []
+        for way in ways:
+            for _ in range(WARM_UP):
+                way(*args)
+            torch.cuda.synchronize(self._setup.device)
+            began = time.perf_counter()
+            for _ in range(WARM_UP):
+                way(*args)
+            torch.cuda.synchronize(self._setup.device)
+            seconds.append(time.perf_counter() - began)
+        return ways[seconds.index(min(seconds))]
+
+    @property
+    def _convolves(self) -> bool:
+        weights = self._setup.sparse | self._setup.dense
+        return any(len(shape) > 2 for shape in weights.values())
+
+    def _inputs(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """([K, B, c, h, w], [K, B]) of the positions [K, B]."""
+        train, flat = self._setup.dataset.train, places.flatten()
+        first = torch.arange(len(places), device=places.device)[:, None] * len(train.labels)
+        images = data.augment(train.images[flat], self._offsets, (places + first).flatten())
+        x = data.to_input(
+            images,
+            self._setup.dataset.mean,
+            self._setup.dataset.deviation,
+            self._setup.settings.data.normalize,
+        )
+        return x.view(*places.shape, *x.shape[1:]), train.labels[places]

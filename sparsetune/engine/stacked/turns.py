@@ -1,0 +1,194 @@
+"""Many trials on a CPU: each slot in turn takes some steps on batches that all of them share.
+
+The rule to know: on a CPU the matrix products of one trial already keep a core busy, and its
+weights stay in the cache when it takes several steps in a row; stacking trials into larger
+products is slower. What is gained comes from preparing a batch once for all slots, from compiling
+the step whole, and from leaving out constant pixels (`linear`). No slot's tensors are ever part of
+an operation of another's. Not compiled, a slot is the solo trainer to the last bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsetune.engine.stacked import columns as linear
+from sparsetune.engine.stacked import step
+from sparsetune.methods import noise
+from sparsetune.methods.contract import Layers
+from sparsetune.training import checkpoint, optim, trainer
+from sparsetune.training.checkpoint import Snapshot
+from sparsetune.training.trainer import Metrics, Setup, TrialState
+
+STEPS_PER_TURN = 16  # their batches fit a cache; fewer would fetch a slot's weights more often
+
+
+class Batch(NamedTuple):
+    images: Tensor  # [B, c, h, w] float32
+    labels: Tensor  # [B]
+    columns: linear.Columns | None  # of the images, where it pays and they are few enough
+
+
+class Slot(NamedTuple):
+    setup: Setup
+    state: TrialState  # its tensors are the slot's own and change in place
+
+
+class Compiled:
+    """The step of a pool's trials, compiled whole when it is first called."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._pure = step.make(setup)
+        self._code: Callable[..., Any] | None = None
+        self.columns = linear.width(setup)
+
+    def laid_out(self, tensors: Layers) -> Layers:
+        """The tensors with the layout that the step is fastest with."""
+        return linear.laid_out(tensors, "fc1.weight") if self.columns else tensors
+
+    @torch.no_grad()
+    def __call__(self, fixed: Fixed, numbers: Tensor, batch: Batch) -> None:
+        """One step, in place."""
+        varying = (numbers, batch.columns if self.columns else batch.images, batch.labels)
+        if self._code is None:
+            self._code = step.compiled(self._in_place, (*fixed.args, *varying))
+        self._code(fixed.leaves, varying)
+
+    def _in_place(self, running: step.Running, *rest: Any) -> tuple[()]:
+        after, _ = self._pure(running, *rest)
+        for old, new in zip(step.tensors(running), step.tensors(after), strict=True):
+            if new is not old:
+                old.copy_(new)
+        return ()
+
+
+class Fixed:
+    """What a slot's steps take besides numbers and batch, until its next topology update."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args  # running, method state, hp
+        self.leaves = pytree.tree_leaves(args)
+
+
+class Run:
+    """One slot's way through one epoch, steered turn by turn."""
+
+    def __init__(self, slot: Slot, compiled: Compiled | None) -> None:
+        self.setup, self.before = slot
+        self.state = slot.state
+        self._compiled = compiled
+        self._gates = trainer.gates_of(*slot)
+        self._active = trainer.num_active(self.setup, self._gates)
+        self._sums = torch.zeros(1 + len(self._active), dtype=torch.float64)  # see step.Running
+        self._fixed: Fixed | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(noise.key(self.setup.settings.seed, "forward", self.state.epoch))
+            self._random = torch.get_rng_state()
+
+    def turn(self, batches: list[Batch]) -> None:
+        self.setup.model.train()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random)
+            for batch in batches:
+                if self._compiled is not None and self._can_compile(batch):
+                    self._compiled_step(batch)
+                else:
+                    self._step(batch)
+            self._random = torch.get_rng_state()
+
+    def _can_compile(self, batch: Batch) -> bool:
+        assert self._compiled is not None
+        fits = batch.columns is not None or not self._compiled.columns
+        return fits and not trainer.is_due(self.setup, self.state.step + 1)
+
+    def _step(self, batch: Batch) -> None:
+        self._sums[1:] += self._active
+        held = self._gates
+        self.state, self._gates, loss = trainer.train_step(
+            self.setup, self.state, self._gates, batch.images, batch.labels
+        )
+        self._sums[0] += loss
+        if self._gates is not held:
+            self._active = trainer.num_active(self.setup, self._gates)
+            self._fixed = None
+
+    def _compiled_step(self, batch: Batch) -> None:
+        assert self._compiled is not None
+        setup, state = self.setup, self.state
+        if self._fixed is None:
+            self._gates = self._compiled.laid_out(self._gates)
+            running = step.Running(
+                state.params, state.buffers, *state.moments, self._gates, self._sums
+            )
+            self._fixed = Fixed(running, state.method, step.hyperparameters(setup))
+        if not setup.moves_masks:
+            self._sums[1:] += self._active
+        numbers = optim.step_numbers(
+            setup.settings.optimizer, setup.settings.schedule, state.step + 1, setup.num_steps
+        )
+        self._compiled(self._fixed, torch.tensor(numbers), batch)
+        self.state = state._replace(step=state.step + 1)
+
+    def end(self) -> tuple[TrialState, Metrics]:
+        loss, *active = self._sums / self.setup.steps_per_epoch
+        return trainer.end_epoch(self.setup, self.before, self.state, float(loss), active)
+
+
+class Turns:
+    """See `pool.Backend`."""
+
+    def __init__(self, compiles: bool) -> None:
+        self._compiles = compiles
+        self._compiled: Compiled | None = None
+        self._slots: dict[int, Slot] = {}
+
+    def attach(self, slot: int, setup: Setup, start: Snapshot | None) -> None:
+        if self._compiles and self._compiled is None and not step.draws(setup):
+            self._compiled = Compiled(setup)
+        state = trainer.begin(setup) if start is None else checkpoint.decode(setup, start)
+        state = trainer.copied(state)
+        if self._compiled is not None:
+            moments = optim.Moments(*map(self._compiled.laid_out, state.moments))
+            state = state._replace(params=self._compiled.laid_out(state.params), moments=moments)
+        self._slots[slot] = Slot(setup, state)
+
+    def advance(self) -> dict[int, Metrics]:
+        began = time.perf_counter()
+        groups: dict[Hashable, dict[int, Run]] = {}
+        for number, slot in self._slots.items():
+            key = trainer.batches_key(slot.setup, slot.state.epoch)
+            groups.setdefault(key, {})[number] = Run(slot, self._compiled)
+        for runs in groups.values():
+            self._train(list(runs.values()))
+        results = {}
+        for runs in groups.values():
+            for number, run in runs.items():
+                state, results[number] = run.end()
+                self._slots[number] = Slot(run.setup, state)
+        seconds = (time.perf_counter() - began) / max(len(results), 1)
+        return {n: results[n] | {"device_seconds": seconds} for n in self._slots}
+
+    def _train(self, runs: list[Run]) -> None:
+        """One epoch of slots whose batches are equal."""
+        setup = runs[0].setup
+        epoch = trainer.batches(setup, runs[0].state.epoch)
+        num = self._compiled.columns if self._compiled else 0
+        for places in epoch.places.split(STEPS_PER_TURN):
+            images, labels = trainer.inputs(setup, epoch, places)
+            batches = [
+                Batch(x, y, linear.columns(x.flatten(1), num) if num else None)
+                for x, y in zip(images, labels, strict=True)
+            ]
+            for run in runs:
+                run.turn(batches)
+
+    def snapshot(self, slot: int) -> Snapshot:
+        return checkpoint.encode(trainer.copied(self._slots[slot].state))
+
+    def detach(self, slot: int) -> None:
+        del self._slots[slot]

@@ -1,0 +1,298 @@
+"""Pictures of a comparison: accuracies, costs, learning curves, densities, what a search was worth.
+
+The rule to know: all but "best of k" come from confirmation runs alone; every figure says in its
+caption from which runs it is, and how many seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics as standard
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from sparsetune.comparison.values import Cell, Comparison, Interval, density_of
+from sparsetune.reports.svg import MARKS, Axis, Chart, Look, around
+from sparsetune.reports.tables import number, percent
+
+SMALL = (132.0, 190.0)  # height and width of the pictures of single members
+
+
+class Results:
+    """A comparison with what its pictures share: how each series looks, and from which runs."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.looks = {c.name: look_of(comparison, c.space, c.method) for c in comparison.cells}
+        self.by_space = {cell.space: self.looks[cell.name] for cell in comparison.cells}
+        self.series: dict[Look, list[Cell]] = {}
+        for cell in comparison.cells:
+            self.series.setdefault(self.looks[cell.name], []).append(cell)
+        self.dense = [c for c in comparison.cells if c.method == "dense" and c.density is None]
+        counts = {len(cell.chosen.seeds) for cell in comparison.cells if cell.chosen} or {0}
+        many = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
+        listed = ", ".join(map(str, comparison.seeds))
+        self.runs = f"Confirmation runs, {many} seeds each ({listed})."
+
+    def figures(self) -> list[str]:
+        return [self._flops(), self._curves(), self._layers(), self._best_of()]
+
+    def at(self, level: str) -> list[Cell]:
+        """Those that stand at this level, and the dense ones beside them."""
+        names = self.comparison.levels[level]
+        return [c for c in self.comparison.cells if c.name in names] + self.dense
+
+    def level(self, level: str) -> str:
+        flops = self.comparison.match == "flops"
+        longer = level.partition(" ")[2]
+        said = sparse(density_of(level)) + (f", {longer}" if longer else "")
+        return f"FLOPs as at {said}" if flops else said
+
+    def main(self) -> str:
+        """Accuracy against density."""
+        drawn = [c for c in self.comparison.cells if c.mean and c.chosen and c.chosen.density]
+        if not drawn:
+            return ""
+        means = [cell.mean.value for cell in drawn if cell.mean]
+        papers = [cell.paper_mean.value for cell in drawn if cell.paper_mean]
+        asked = sorted({cell.density for cell in drawn if cell.density is not None})
+        sparser = [cell for cell in drawn if cell not in self.dense]
+        ways = [_density(cell) for cell in sparser]
+        ways += [_density(cell, "paper") for cell in sparser if cell.paper_mean]
+        x = around(ways or [1.0], log=True, room=0.1)
+        x = Axis(x.high, x.low, "sparsity of all weights (log of density)", True, sparsity, asked)
+        ends = [end for cell in drawn if cell.mean for end in (cell.mean.low, cell.mean.high)]
+        y = window(means, [*ends, *papers], "test accuracy, %")
+        chart = Chart(x, y, "", [look.name for look in self.series], height=250)
+        for cell in self.dense:
+            if cell.mean and cell.chosen:
+                look = self.looks[cell.name]
+                value, low, high = cell.mean
+                across = (x.low, x.high)
+                chart.band(look, across, (low,) * 2, (high,) * 2, data_low=low, data_high=high)
+                chart.line(look, across, (value,) * 2, label=look.name)
+        lines = {k: v for k, v in self.series.items() if v[0] not in self.dense}
+        for place, (look, cells) in enumerate(lines.items()):
+            shift = (place - (len(lines) - 1) / 2) * 1.6
+            for kind in ("paper", ""):
+                known = [each for each in cells if _mean(each, kind)]
+                known.sort(key=lambda each: -_density(each, kind))
+                able = [each for each in known if each.state == "confirmed"]
+                values = [mean.value for each in able if (mean := _mean(each, kind))]
+                at = [_density(each, kind) for each in able]
+                chart.line(look, at, values, kind, "" if kind else look.name, shift)
+                for each in known:
+                    mean = _mean(each, kind)
+                    assert mean is not None
+                    says = f"{each.name}{', paper, untuned' if kind else ''}: {percent(mean)}"
+                    says += "" if each.state == "confirmed" else f" ({each.state}: {each.note})"
+                    css = kind if each.state == "confirmed" else f"{kind} hollow".strip()
+                    where = _density(each, kind)
+                    bar: tuple[float | None, ...] = (None, None) if kind else mean[1:]
+                    chart.point(look, where, mean.value, says, css, 2.4, bar[0], bar[1], shift)
+        hollow = any(cell.state != "confirmed" for cell in drawn)
+        caption = (
+            f"Test accuracy against sparsity, mean and 95 % interval. {self.runs} Each method at "
+            "the density it has at the end of training; points are moved aside a little, so that "
+            "intervals do not hide each other. Lighter lines: the start point of the paper, "
+            "untuned. The band is the dense network."
+        )
+        if any("beyond" in each for each in chart.front):
+            caption += " An arrow at the lower edge: below the picture."
+        caption += " Hollow: infeasible or not confirmed." if hollow else ""
+        return figure("Accuracy against density", [chart.svg()], caption, "one")
+
+    def _flops(self) -> str:
+        drawn = [cell for cell in self.comparison.cells if cell.mean and cell.chosen]
+        pictures = []
+        for name, title in (("flops_inference", "inference, FLOPs per image"),
+                            ("flops_train", "training of one seed, FLOPs")):  # fmt: skip
+
+            def cost(cell: Cell, name: str = name) -> float:
+                return getattr(cell.chosen, name) or 0.0
+
+            able = [cell for cell in drawn if cost(cell) > 0]
+            if not able:
+                continue
+            y = window([c.mean.value for c in able if c.mean], [], "test accuracy, %")
+            x = around([cost(cell) for cell in able], title, log=True, form=number)
+            chart = Chart(x, y, "", [look.name for look in self.series])
+            for look, cells in self.series.items():
+                known = sorted((cell for cell in cells if cell in able), key=cost)
+                values = [cell.mean.value for cell in known if cell.mean]
+                chart.line(look, [cost(cell) for cell in known], values)
+                for cell, value in zip(known, values, strict=True):
+                    assert cell.mean is not None
+                    says = f"{cell.name}: {percent(cell.mean)}, {number(cost(cell))} FLOPs"
+                    kind = "" if cell.state == "confirmed" else "hollow"
+                    chart.point(look, cost(cell), value, says, kind, 3.2, *cell.mean[1:])
+                if known:
+                    chart.label(look, cost(known[-1]), values[-1], look.name)
+            pictures.append(chart.svg())
+        return figure(
+            "Accuracy against FLOPs", pictures,
+            f"Test accuracy, mean and 95 % interval, against what the network costs. {self.runs} "
+            "FLOPs of masked layers count nonzero weights; for methods that need dense gradients "
+            "training counts them. A line joins the densities of a method.",
+        )  # fmt: skip
+
+    def _curves(self) -> str:
+        pictures = []
+        for metric, title, log in (("val/accuracy", "validation accuracy, %", False),
+                                   ("train/loss", "training loss", True)):  # fmt: skip
+            for level in self.comparison.levels:
+                curves = {
+                    self.looks[cell.name]: _spread(cell.chosen.curves[metric])
+                    for cell in self.at(level)
+                    if cell.chosen and cell.chosen.curves.get(metric)
+                }
+                ends = [mean for means, _ in curves.values() for mean in means]
+                if not ends:
+                    continue
+                early = [m for means, _ in curves.values() for m in means[len(means) // 4 :]]
+                y = around(ends, title, log=True) if log else window(early, [], title)
+                epochs = max(len(means) for means, _ in curves.values())
+                x = Axis(1, max(epochs, 2), "epoch")
+                head = self.level(level)
+                chart = Chart(x, y, head, [look.name for look in curves])
+                for look, (means, sds) in curves.items():
+                    ways = range(1, len(means) + 1)
+                    pairs = list(zip(means, sds, strict=True))
+                    lows = [max(m - s, y.low) if log else m - s for m, s in pairs]
+                    chart.band(look, ways, lows, [m + s for m, s in pairs])
+                    chart.line(look, ways, means, label=look.name)
+                pictures.append(chart.svg())
+        return figure(
+            "Learning curves", pictures,
+            f"Mean over seeds and one standard deviation to each side. {self.runs} Validation "
+            "accuracy comes from the runs that ranked the candidates, which hold images out.",
+        )  # fmt: skip
+
+    def _layers(self) -> str:
+        pictures, still, depth = [], [], 0
+        for cell in (cell for cells in self.series.values() for cell in cells):
+            curves = cell.chosen.curves if cell.chosen else {}
+            layers = {
+                key.removeprefix("density/layer/"): _spread(runs)[0]
+                for key, runs in curves.items()
+                if key.startswith("density/layer/")
+            }
+            layers = {name: values for name, values in layers.items() if values}
+            if all(max(v) - min(v) < 1e-3 * max(v) for v in layers.values()):
+                still += [cell.name] if layers else []
+                continue
+            depth = max(depth, len(layers))
+            y = around([v for values in layers.values() for v in values], "", True, as_percent)
+            x = Axis(1, max(2, *(len(values) for values in layers.values())))
+            names = [name.removesuffix(".weight") for name in layers]
+            chart = Chart(x, y, self._cell(cell), names if len(names) < 9 else [], *SMALL)
+            for place, (name, values) in enumerate(layers.items()):
+                look = Look(name, f"depth{round(6 * place / max(1, len(layers) - 1))}")
+                called = names[place] if len(names) < 9 else ""
+                chart.line(look, range(1, len(values) + 1), values, label=called)
+            pictures.append(chart.svg())
+        kept = f" The same throughout: {', '.join(still)}." if still else ""
+        more = " Light to dark: from the input to the output." if depth > 8 else ""
+        return figure(
+            "Density per layer over training", pictures,
+            "Share of nonzero weights in each layer, %, on a log scale, by epoch; mean over seeds. "
+            f"{self.runs}{more}{kept}", "small",
+        )  # fmt: skip
+
+    def _cell(self, cell: Cell) -> str:
+        name = self.looks[cell.name].name
+        return name if cell.density is None else f"{name}, {sparse(cell.density)}"
+
+    def _best_of(self) -> str:
+        pictures = []
+        for level in self.comparison.levels:
+            lists = {self.looks[c.name]: c.tuning.best_of for c in self.at(level)}
+            lists = {look: values for look, values in lists.items() if values}
+            if not lists:
+                continue
+            y = window(
+                [v for values in lists.values() for v in values[len(values) // 6 :]],
+                [], "expected best, %",
+            )  # fmt: skip
+            x = Axis(1, max(2, *map(len, lists.values())), "trials")
+            chart = Chart(x, y, self.level(level), [look.name for look in lists])
+            for look, values in lists.items():
+                chart.line(look, range(1, len(values) + 1), values, label=look.name)
+            pictures.append(chart.svg())
+        return figure(
+            "Best of k against k", pictures,
+            "What a search of k trials would have found, on average (one seed; the maximum of a "
+            "search is biased by its size, so none of these is a result). Search runs; a trial "
+            "that diverged, failed or was above its bound counts as 0.",
+        )  # fmt: skip
+
+
+def look_of(comparison: Comparison, space: str, method: str) -> Look:
+    """Of a space (such as "set", "set 2x", or "mnist/set" where several sweeps have one).
+
+    By its own name; or else by its method's, and dashed; dashed, too, in all sweeps but the first.
+    """
+    sweep, _, own = space.rpartition("/")
+    first = comparison.names[0].partition("/")[0]
+    known = own in MARKS
+    return Look(space, own if known else method, not known or sweep not in ("", first))
+
+
+def sparse(density: float) -> str:
+    return f"{100 * (1 - density):.4g} % sparse"
+
+
+def sparsity(density: float) -> str:
+    return f"{100 * (1 - density):.4g} %"
+
+
+def as_percent(share: float) -> str:
+    return f"{100 * share:.4g}"
+
+
+def figure(title: str, pictures: Iterable[str], caption: str, css: str = "") -> str:
+    """Pictures under one heading, with what they show, from which runs; none without pictures."""
+    drawn = "".join(pictures)
+    if not drawn:
+        return ""
+    grid = f'<div class="grid {css}">{drawn}</div>'
+    return section(title, f"<figure>{grid}<figcaption>{escape(caption)}</figcaption></figure>")
+
+
+def section(title: str, body: str) -> str:
+    return f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>{body}</section>\n'
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _density(cell: Cell, kind: str = "") -> float:
+    line = cell.paper if kind else cell.chosen
+    return line.density if line and line.density else cell.density or 1.0
+
+
+def _mean(cell: Cell, kind: str) -> Interval | None:
+    return cell.paper_mean if kind else cell.mean
+
+
+def window(values: Sequence[float], more: Sequence[float], label: str) -> Axis:
+    """An axis of accuracies, which a few very low ones cannot stretch; `more` if it is near."""
+    known = [value for value in values if math.isfinite(value)] or [0.0]
+    top, middle = max(known), standard.median(known)
+    reach = 3 * max(top - middle, 0.005)
+    near = [*known, *(v for v in more if math.isfinite(v))]
+    least = max(min(near), middle - reach)
+    most = min(max(near), top + reach, max(top, 1.0))
+    return around([least, most], label, form=as_percent)
+
+
+def _spread(runs: list[list[float]]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by epoch, of the runs that came so far and did not diverge."""
+    means, sds = [], []
+    for epoch in range(max(map(len, runs), default=0)):
+        values = [run[epoch] for run in runs if epoch < len(run) and math.isfinite(run[epoch])]
+        means.append(standard.fmean(values) if values else math.nan)
+        sds.append(standard.stdev(values) if len(values) > 1 else 0.0)
+    return means, sds

@@ -1,0 +1,114 @@
+"""Sweeps as pandas frames, for whoever analyses them.
+
+The rule to know: one row is one epoch of one trial, and every column has one type, so that
+`df.groupby(["method", "density"])` and plots work without preparation. It is read from the journals
+alone, as `status` does, so it works while a sweep runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsetune.comparison.confirm import confirmations, role
+from sparsetune.settings import to_dict
+from sparsetune.space import config
+from sparsetune.space.member import Member
+from sparsetune.store import journal
+from sparsetune.store.journal import Trial
+from sparsetune.sweeps.status import member_folders
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]
+Part = tuple[str, journal.Member, Member]  # kind, what its journal says, its settings
+WORDS = ("sweep", "member", "space", "method", "kind", "role", "status")
+COUNTS = ("trial", "seed", "epoch")
+FIRST = [*WORDS[:4], "density", "trial", *WORDS[4:], "seed", "epoch"]  # the order of columns
+
+
+def load(name: str, storage: str | Path | None = None) -> pd.DataFrame:
+    """All trials and epochs of a sweep, or of one member `NAME/set@0.05`, one row per epoch.
+
+    `storage`: where the sweep is, as on the command line. ValueError where there is no such sweep.
+
+    sweep, member, space, method; density (asked for; 1 where dense, NaN where none was)
+    trial     its number in the search; for a run of the confirmation, of the trial it repeats
+    kind      search, or confirm (confirm-2x) for the runs of `sparsetune confirm`
+    role      where a trial of the search came from (sampler, start:paper, ...), and what a run of
+              the confirmation is for (rank, final, paper)
+    status    finished, stopped, diverged, failed, running
+    seed, epoch; a trial that has no epoch yet is one row, whose epoch is <NA>
+    METRIC    such as val/accuracy; test/accuracy stands in the last epoch of runs that were tested
+    config.KEY  every key that any of the trials searches or fixes, of all trials
+    """
+    import pandas as pd
+
+    given = config.build({} if storage is None else {"storage": str(storage)}).storage
+    folders = member_folders(config.storage_folder(given), name)
+    parts = [part for folder in folders for part in _parts(folder)]
+    asked = {key for _, _, member in parts for key in member.space.fixed}
+    trials = [trial for _, record, _ in parts for trial in record.trials.values()]
+    asked |= {key for trial in trials for key in trial.params | trial.fixed}
+    keys = sorted(filter(config.is_trial_key, asked))
+    rows = [row for part in parts for row in _rows(*part, keys)]
+    found = dict.fromkeys(key for row in rows for key in row)  # in the order in which they came
+    metrics = [key for key in found if key not in FIRST and not key.startswith("config.")]
+    configs = [f"config.{key}" for key in keys]
+    # Objects first: pandas would take whole numbers with gaps for floats.
+    frame = pd.DataFrame(rows, columns=[*FIRST, *metrics, *configs], dtype=object)
+    types = dict.fromkeys(WORDS, "string") | dict.fromkeys(COUNTS, "Int64")
+    types |= dict.fromkeys(["density", *metrics], "float64")
+    return frame.astype(types | {key: _type(frame[key].dropna()) for key in configs})
+
+
+def _parts(folder: Path) -> Iterator[Part]:
+    """The member's search, then its confirmations."""
+    for path in [folder, *confirmations(folder).values()]:
+        record = journal.load(path)
+        kind = "search" if path == folder else path.name
+        yield kind, record, Member.from_header(record.header["member"])
+
+
+def _rows(kind: str, record: journal.Member, member: Member, keys: list[str]) -> Iterator[Row]:
+    settings = config.flatten(to_dict(member.settings))
+    settings["epochs"] *= record.header.get("confirm", {}).get("multiplier", 1)
+    for trial in record.trials.values():
+        own = settings | trial.params | trial.fixed
+        row = _named(member, trial, kind) | {"seed": own["seed"]}
+        row |= {f"config.{key}": _plain(own.get(key)) for key in keys}
+        for epoch, metrics, _ in trial.reports:
+            tested = (trial.test or {}) if epoch == len(trial.reports) else {}
+            yield row | metrics | tested | {"epoch": epoch}
+        if not trial.reports:
+            yield row
+
+
+def _named(member: Member, trial: Trial, kind: str) -> Row:
+    name, number = (trial.origin, trial.number) if kind == "search" else role(trial)
+    density = 1.0 if member.method.name == "dense" and member.density is None else member.density
+    return {
+        "sweep": member.name.partition("/")[0],
+        "member": member.name,
+        "space": member.space.name,
+        "method": member.method.name,
+        "density": density,
+        "trial": number,
+        "kind": kind,
+        "role": name,
+        "status": trial.status,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """What can be grouped by: a list as its text."""
+    return str(value) if isinstance(value, (list, dict)) else value
+
+
+def _type(values: pd.Series[Any]) -> str:
+    kinds = {type(value) for value in values}
+    if kinds and kinds <= {int, float}:
+        return "float64" if float in kinds else "Int64"
+    return "boolean" if kinds == {bool} else "string"

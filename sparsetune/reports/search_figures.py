@@ -1,0 +1,208 @@
+"""Pictures of searches: history, parallel coordinates, and the importance of what was searched.
+
+The rule to know: a search is one seed per trial, and its best is the best of many draws, so nothing
+here is a result; the captions say so.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics as standard
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from sparsetune.comparison.values import Comparison, told_apart
+from sparsetune.reports.figures import SMALL, as_percent, figure, look_of, sparse, window
+from sparsetune.reports.svg import CROSS, Axis, Chart, Look, bars, parallel
+from sparsetune.space.member import Member
+from sparsetune.space.space import Dimension
+from sparsetune.store import journal
+from sparsetune.store.journal import Trial
+from sparsetune.sweeps.status import member_folders, settings_shown, shown
+
+ENOUGH = 10  # finished trials, for an importance
+GOOD = 0.25  # of a search's trials count as good ones
+
+
+@dataclass(frozen=True)
+class Search:
+    """A member's search: its journal, and how it looks."""
+
+    member: Member
+    record: journal.Member
+    look: Look
+
+    @property
+    def title(self) -> str:
+        density = self.member.density
+        return self.look.name if density is None else f"{self.look.name}, {sparse(density)}"
+
+    def accuracy(self, trial: Trial) -> float:
+        """Of validation, at its last epoch."""
+        last = trial.reports[-1].metrics if trial.reports else {}
+        return last.get("val/accuracy", math.nan)
+
+
+def load(comparison: Comparison, storage: Path) -> list[Search]:
+    folders = [each for name in comparison.names for each in member_folders(storage, name)]
+    records = [journal.load(folder) for folder in folders]
+    members = [Member.from_header(record.header["member"]) for record in records]
+    spaces = told_apart([(m.name.partition("/")[0], m.space.name) for m in members])
+    return [
+        Search(member, record, look_of(comparison, space, member.method.name))
+        for member, record, space in zip(members, records, spaces, strict=True)
+    ]
+
+
+def figures(found: list[Search]) -> list[str]:
+    by_look: dict[Look, list[Search]] = {}
+    for search in found:
+        by_look.setdefault(search.look, []).append(search)
+    return [
+        figure(
+            "Search history", map(_history, found),
+            "Validation accuracy of each trial at its last epoch, %, by its number, and the best "
+            "so far. Search runs, one seed each: no results. Hollow: stopped early, still running, "
+            "or above the bound on density; cross: diverged or failed; arrow: below the picture; "
+            "dark edge: a start point.", "small",
+        ),
+        figure(
+            "Parallel coordinates", map(_parallel, by_look.values()),
+            "Each line is a trial, from what was searched to its validation accuracy; the best "
+            "quarter of each search is in colour. A line is broken where a setting does not "
+            "apply. Search runs of all densities of a method, one seed each; trials that ran to "
+            "their end.",
+        ),
+        figure(
+            "Importance of what was searched", map(_importance, by_look.values()),
+            f"PED-ANOVA: how much each setting decides whether a trial is among the best "
+            f"{GOOD:.0%} of its search by validation accuracy, in shares of 1; bars are means over "
+            f"densities, points the densities. Search runs; members with {ENOUGH} finished trials "
+            "or more. With few trials this is a rough guide.",
+        ),
+    ]  # fmt: skip
+
+
+def _history(search: Search) -> str:
+    trials = search.record.trials.values()
+    values = [v for t in trials if math.isfinite(v := search.accuracy(t))]
+    if not values:
+        return ""
+    x = Axis(-0.7, search.record.asked - 0.3)
+    chart = Chart(x, window(values, [], ""), search.title, [], *SMALL)
+    best = -math.inf
+    ways: list[float] = []
+    heights: list[float] = []
+    for trial in trials:
+        value = search.accuracy(trial)
+        last = trial.reports[-1].metrics if trial.reports else {}
+        kept = search.member.constraint(last) <= 0
+        lost = trial.status in ("diverged", "failed") or not math.isfinite(value)
+        if trial.status == "finished" and kept and not lost and value > best:
+            if heights:
+                ways.append(float(trial.number))
+                heights.append(best)
+            best = value
+        if math.isfinite(best):
+            ways.append(float(trial.number))
+            heights.append(best)
+        kind = "" if trial.status == "finished" and kept else "hollow"
+        kind += " start" if trial.origin.startswith("start:") else ""
+        says = f"trial {trial.number} ({trial.origin}), {trial.status}: {as_percent(value)}; "
+        says += settings_shown(trial.params | trial.fixed)
+        place = chart.y.low if lost else value
+        mark = CROSS if lost else ""
+        chart.point(search.look, trial.number, place, says, kind.strip(), 2.0, mark=mark)
+    chart.line(search.look, ways, heights, "step")
+    return chart.svg()
+
+
+def _done(search: Search) -> list[Trial]:
+    """Trials that ran to their end, with their searched settings, the best last."""
+    trials = [
+        trial
+        for trial in search.record.trials.values()
+        if trial.status == "finished" and math.isfinite(search.accuracy(trial))
+    ]
+    return sorted(trials, key=search.accuracy)
+
+
+def _parallel(found: list[Search]) -> str:
+    dimensions = found[0].member.space.search
+    trials = [(search, trial) for search in found for trial in _done(search)]
+    if not trials or not dimensions:
+        return ""
+    axes = [_axis(key, dimension) for key, dimension in dimensions.items()]
+    known = [search.accuracy(trial) for search, trial in trials]
+    axes.append(window(known, [], "validation accuracy, %"))
+    lines: list[tuple[Look, list[float | None], str, str]] = []
+    for search in found:
+        done = _done(search)
+        for place, trial in enumerate(done):
+            good = place >= len(done) - max(1, round(GOOD * len(done)))
+            values = [_place(d, trial.params.get(key)) for key, d in dimensions.items()]
+            accuracy = search.accuracy(trial)
+            says = f"{search.title}, trial {trial.number}: {as_percent(accuracy)}; "
+            says += settings_shown(trial.params)
+            lines.append((search.look, [*values, accuracy], "good" if good else "rest", says))
+    lines.sort(key=lambda each: each[2], reverse=True)  # the good ones above
+    return parallel(found[0].look.name, axes, lines)
+
+
+def short(key: str) -> str:
+    return key.partition(".")[2] if key.startswith(("hp.", "variant.", "optimizer.")) else key
+
+
+def _axis(key: str, dimension: Dimension) -> Axis:
+    if dimension.choices:
+        names = [shown(choice) for choice in dimension.choices]
+        ends = -0.1 * len(names), 1.1 * len(names) - 1  # some room for lines side by side
+        return Axis(*ends, short(key), False, lambda n: names[round(n)], range(len(names)))
+    assert dimension.low is not None and dimension.high is not None
+    return Axis(dimension.low, dimension.high, short(key), dimension.log)
+
+
+def _place(dimension: Dimension, value: Any) -> float | None:
+    if value is None:
+        return None
+    return float(dimension.choices.index(value)) if dimension.choices else float(value)
+
+
+def importance(search: Search) -> dict[str, float]:
+    """Searched key -> its share; {} where there are too few trials, or nothing was searched."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize")
+    for trial in _done(search):
+        if trial.in_study:
+            # As wide as the ranges are now: they may have been narrower when it was suggested.
+            known = optuna.trial.FixedTrial(trial.params)
+            search.member.ask(known)
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=trial.params,
+                    distributions=known.distributions,
+                    value=search.accuracy(trial),
+                )
+            )
+    if len(study.trials) < ENOUGH or not search.member.space.search:
+        return {}
+    # Without `target` it heeds the study's direction; with one it takes low for good.
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=GOOD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def _importance(found: list[Search]) -> str:
+    rows: dict[str, list[tuple[str, float]]] = {}
+    for search in found:
+        for key, value in importance(search).items():
+            rows.setdefault(short(key), []).append((search.title, value))
+    if not rows:
+        return ""
+    ordered = dict(sorted(rows.items(), key=lambda row: -standard.fmean(v for _, v in row[1])))
+    return bars(found[0].look, found[0].look.name, ordered, 1.0)

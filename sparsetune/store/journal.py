@@ -1,0 +1,387 @@
+"""The journal of a member: an append-only row of events, the only truth about a search.
+
+The rule to know: what is not in the journal has not happened. `Journal.append` is the only way in;
+it writes an event and applies it to `Journal.record`, with the function that also replays a file,
+so the state of a running sweep and the state read back from disk cannot differ.
+
+One line is one event: eight hex digits (CRC-32 of the rest), a blank, a JSON object with its
+number `seq`, the wall-clock `time` and a `type`:
+
+    sweep    format, trials, and whatever else the caller wants to remember of the sweep
+    suggest  number, params, distributions, origin, fixed, in_study, attrs (the sampler's notes)
+    report   number, epoch, metrics, decision      epochs of a trial are 1, 2, 3, without a gap
+    end      number, status, attempt, error        the last word about a trial
+    extend   trials, member                        the new total; what the header says of the member
+                                                   from now on, where its ranges are wider
+    retry    number                                a failed trial is open again, where it was
+    test     number, metrics                       what a finished trial does on the test images,
+                                                   which are read once, after the search
+    driver   generation, pid, host, versions       a process that took the sweep over
+
+Where the lines lie, one file or segments on an object store, is `lines.py`'s matter.
+
+Floats may be NaN or Infinity, which Python's json reads and strict JSON does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsetune.store.lines import (
+    FILE,
+    Event,
+    JournalError,
+    LineFile,
+    Part,
+    Segments,
+    decode,
+    encode,
+    exists,
+    first_file,
+    home,
+    parts,
+)
+from sparsetune.store.lock import Holder, SweepHeld, SweepLock, holder
+from sparsetune.store.paths import S3Path, StorageAway, Trouble, give_up, insist, place, why
+
+__all__ = [
+    "ENDED",
+    "FILE",
+    "FORMAT",
+    "Event",
+    "Holder",
+    "Journal",
+    "JournalError",
+    "Member",
+    "Report",
+    "SweepHeld",
+    "SweepLock",
+    "Trial",
+    "exists",
+    "holder",
+    "home",
+    "load",
+    "read",
+    "replay",
+]
+
+FORMAT = 1
+ENDED = ("finished", "stopped", "diverged", "failed")
+
+
+class Report(NamedTuple):
+    epoch: int
+    metrics: dict[str, float]
+    decision: str  # "CONTINUE" | "STOP": the scheduler's
+
+
+@dataclass
+class Trial:
+    number: int
+    params: dict[str, Any]  # searched keys, dotted -> value
+    distributions: dict[str, str]  # Optuna's JSON, one per searched key
+    origin: str  # "sampler" | "start:NAME"
+    fixed: dict[str, Any]  # further keys that this trial alone fixes
+    in_study: bool
+    suggested: float  # wall-clock time
+    attrs: dict[str, Any] = field(default_factory=dict)
+    reports: list[Report] = field(default_factory=list)  # epochs 1, 2, 3, ...
+    status: str = "running"
+    attempts: int = 1
+    error: str | None = None
+    ended: float | None = None
+    failures: list[str | None] = field(default_factory=list)  # errors of ends that were retried
+    test: dict[str, float] | None = None
+
+
+@dataclass
+class Member:
+    """What the events of one journal add up to."""
+
+    header: Event
+    asked: int  # trials in all
+    trials: dict[int, Trial] = field(default_factory=dict)  # in number order
+    order: list[tuple[int, int]] = field(default_factory=list)  # (number, epoch) as reported
+    generation: int = 0
+    widened: bool = False  # trials may have been suggested from narrower ranges
+
+
+def replay(events: Iterable[Event], source: Path | str = FILE) -> Member:
+    """The state after `events`; `source` is the file named in an error."""
+    return _replay((event, f"{source}:{event.get('seq', 0) + 1}") for event in events)
+
+
+def _replay(lines: Iterable[tuple[Event, str]], source: Path | str = "journal") -> Member:
+    """The state after events that come with their file and line."""
+    member: Member | None = None
+    for event, where in lines:
+        try:
+            if member is None:
+                member = _begin(event)
+            else:
+                _check(member, event)
+                _apply(member, event)
+        except (JournalError, KeyError) as error:
+            reason = f"the event lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise JournalError(f"{where}: {reason}") from error
+    if member is None:
+        raise JournalError(
+            f"{source}: no complete event, so this search never began; delete its folder"
+        )
+    return member
+
+
+def read(folder: Path | str) -> list[Event]:
+    """All events, also while a sweep writes: a torn or incomplete last line is left out."""
+    return [event for event, _ in _parse(parts(_place(folder)))[0]]
+
+
+def load(folder: Path | str) -> Member:
+    """The state of the journal in `folder`, for readers."""
+    folder = _place(folder)
+    return _replay(_parse(parts(folder))[0], home(folder))
+
+
+def _place(folder: Path | str) -> Path:
+    return place(folder) if isinstance(folder, str) else folder
+
+
+class Journal:
+    """One writer's hold on a journal. `record` is its state and is kept up to date.
+
+    `guard` is called before anything is written; what it raises ends the writing. `trouble` is told
+    of each OSError and decides whether to try again (`files.insist`).
+    """
+
+    def __init__(self, path: Path, lines: LineFile | Segments, record: Member, seq: int) -> None:
+        """Not for callers: see `create` and `open`."""
+        self.path, self.record = path, record
+        self.guard: Callable[[], None] = lambda: None
+        self.trouble: Trouble = give_up
+        self._lines, self._seq = lines, seq
+        self._dirty = self._closed = False
+        self._synced = time.monotonic()
+
+    @classmethod
+    def create(cls, folder: Path | str, header: Event) -> Journal:
+        """A new journal whose first event is `header` (which must have `trials`)."""
+        path = home(_place(folder))
+        # A file without one whole line is what a driver killed in this very call leaves behind.
+        if path.exists() and (isinstance(path, S3Path) or b"\n" in path.read_bytes()):
+            raise JournalError(f"{path}: exists already; resume it, or take another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        event = json.loads(json.dumps({"type": "sweep", "format": FORMAT, **header}))
+        record = _begin({"seq": 0, "time": time.time(), **event})
+        lines = Segments(path, []) if isinstance(path, S3Path) else LineFile(path, 0)
+        journal = cls(path, lines, record, 0)
+        try:
+            journal._write(record.header, durable=True)
+            lines.keep_name()
+        except OSError:
+            journal.close()
+            raise
+        return journal
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Journal:
+        """The existing journal, ready for more; a torn last line is cut off the file."""
+        path = home(_place(folder))
+        found = parts(path.parent)
+        events, sizes = _parse(found)
+        record = _replay(events, path)
+        if isinstance(path, S3Path):
+            before = [(part.path, size) for part, size in zip(found, sizes, strict=True)]
+            return cls(path, Segments(path, before), record, len(events))
+        return cls(path, LineFile(path, sizes[0]), record, len(events))
+
+    def append(self, event: Event, durable: bool = True) -> None:
+        """Writes the event and applies it to `record`; refuses one that does not fit there.
+
+        `durable`: on disk before this returns. Otherwise within a second, given `sync`, which is
+        enough for reports, because training reproduces them."""
+        event = {"seq": self._seq, "time": time.time(), **event, **self._lines.opening()}
+        # Through JSON first, so that `record` holds what a reader will find: lists, not tuples.
+        event = json.loads(json.dumps(event))
+        try:
+            _check(self.record, event)
+        except JournalError as error:
+            raise JournalError(f"{self.path}:{self._seq + 1}: {error}") from error
+        self._write(event, durable)
+        _apply(self.record, event)
+
+    def sync(self, older_than: float = 0.0) -> None:
+        """Puts waiting reports on disk, if the last time was `older_than` seconds ago."""
+        if self._dirty and time.monotonic() - self._synced >= older_than:
+            self._insist(self._lines.sync)
+            self._dirty, self._synced = False, time.monotonic()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.sync()
+        finally:
+            self._lines.close()
+
+    def _write(self, event: Event, durable: bool) -> None:
+        line = encode(event)
+        late = time.monotonic() - self._synced >= 1.0
+
+        def write() -> None:
+            self._lines.append(line)
+            if durable or late:
+                try:
+                    self._lines.sync()
+                except OSError:
+                    self._lines.cut(len(line))  # whole or not at all, also if this was the last try
+                    raise
+
+        self._insist(write)
+        self._dirty = not (durable or late)
+        if not self._dirty:
+            self._synced = time.monotonic()
+        self._seq += 1
+
+    def _insist(self, write: Callable[[], None]) -> None:
+        def guarded() -> None:
+            self.guard()
+            write()
+
+        try:
+            insist(guarded, self.trouble)
+        except (SweepHeld, StorageAway, KeyboardInterrupt):
+            self._dirty = False  # `close` need not try, and wait, again
+            raise
+
+
+def _begin(event: Event) -> Member:
+    if event.get("type") != "sweep":
+        raise JournalError(f"the first event is '{event.get('type')}'; it must be 'sweep'")
+    if event.get("format") != FORMAT:
+        raise JournalError(
+            f"journal format {event.get('format')!r}; this version of sparsetune reads {FORMAT}"
+        )
+    return Member(header=event, asked=event["trials"])
+
+
+def _check(member: Member, event: Event) -> None:
+    kind = event.get("type")
+    if kind == "suggest":
+        if event["number"] != len(member.trials):
+            raise JournalError(f"trial {event['number']} suggested after {len(member.trials)}")
+    elif kind in ("report", "end"):
+        trial = member.trials.get(event["number"])
+        if trial is None:
+            raise JournalError(f"'{kind}' of trial {event['number']}, which was never suggested")
+        if trial.status != "running":
+            raise JournalError(f"'{kind}' of trial {trial.number}, which has {trial.status}")
+        if kind == "report" and event["epoch"] != len(trial.reports) + 1:
+            raise JournalError(
+                f"trial {trial.number} reports epoch {event['epoch']} after {len(trial.reports)}"
+            )
+        if kind == "end" and event["status"] not in ENDED:
+            raise JournalError(f"status '{event['status']}' is none of {', '.join(ENDED)}")
+    elif kind == "retry":
+        trial = member.trials.get(event["number"])
+        if trial is None or trial.status != "failed":
+            raise JournalError(f"'retry' of trial {event['number']}, which has not failed")
+    elif kind == "test":
+        trial = member.trials.get(event["number"])
+        if trial is None or trial.status != "finished" or trial.test is not None:
+            raise JournalError(f"'test' of trial {event['number']}, which is not due for one")
+    elif kind == "extend":
+        if event["trials"] < member.asked:
+            raise JournalError(f"extended from {member.asked} to {event['trials']} trials")
+    elif kind != "driver":
+        raise JournalError(f"unknown event '{kind}'")
+
+
+def _apply(member: Member, event: Event) -> None:
+    kind = event["type"]
+    if kind == "suggest":
+        member.trials[event["number"]] = Trial(
+            number=event["number"],
+            params=event["params"],
+            distributions=event["distributions"],
+            origin=event["origin"],
+            fixed=event["fixed"],
+            in_study=event["in_study"],
+            suggested=event["time"],
+            attrs=event.get("attrs", {}),
+        )
+    elif kind == "report":
+        report = Report(event["epoch"], event["metrics"], event["decision"])
+        member.trials[event["number"]].reports.append(report)
+        member.order.append((event["number"], event["epoch"]))
+    elif kind == "end":
+        trial = member.trials[event["number"]]
+        trial.status, trial.ended = event["status"], event["time"]
+        trial.attempts, trial.error = event.get("attempt", 1), event.get("error")
+    elif kind == "retry":
+        trial = member.trials[event["number"]]
+        trial.failures.append(trial.error)
+        trial.status, trial.attempts, trial.error, trial.ended = "running", 1, None, None
+    elif kind == "test":
+        member.trials[event["number"]].test = event["metrics"]
+    elif kind == "extend":
+        member.asked = event["trials"]
+        if "member" in event:
+            member.header = {**member.header, "member": event["member"]}
+            member.widened = True
+    elif kind == "driver":
+        member.generation = event["generation"]
+
+
+def _parse(found: list[Part]) -> tuple[list[tuple[Event, str]], list[int]]:
+    """The events, each with its file and line, and how much of each part they fill."""
+    events: list[tuple[Event, str]] = []
+    sizes = []
+    for part in found:
+        last = part is found[-1]
+        *lines, rest = part.data.split(b"\n")  # `rest` follows the last newline: empty, or torn
+        if rest and not last:
+            raise JournalError(
+                f"{part.path}:{len(lines) + 1}: the line is cut short, and events follow; restore "
+                "the file from a copy"
+            )
+        size = 0
+        for number, line in enumerate(lines, start=1):
+            event = decode(line)
+            if event is None:
+                if last and number == len(lines) and not rest:
+                    break  # the last line, so it is a torn one that happened to get its newline
+                raise JournalError(
+                    f"{part.path}:{number}: the checksum does not fit the line, and events follow; "
+                    "the file was damaged, restore it from a copy"
+                )
+            if event.get("seq") != len(events):
+                raise JournalError(
+                    f"{part.path}:{number}: event {event.get('seq')} where {len(events)} should "
+                    "be; lines are missing or doubled, restore the file from a copy"
+                )
+            events.append((event, f"{part.path}:{number}"))
+            size += len(line) + 1
+        sizes.append(size)
+    return events, sizes
+
+
+def header(folder: Path | str) -> Event:
+    """The first event of the journal in `folder`; reads no more than that line's file."""
+    path = first_file(_place(folder))
+    try:
+        with path.open("rb") as file:
+            first = decode(file.readline().rstrip(b"\n"))
+    except OSError as error:
+        raise JournalError(f"{path}: no journal here ({why(error)})") from error
+    if first is None:
+        return load(folder).header  # says what is wrong
+    try:
+        return _begin(first).header
+    except (JournalError, KeyError) as error:
+        raise JournalError(f"{path}:1: {error}") from error

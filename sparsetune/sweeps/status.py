@@ -1,0 +1,222 @@
+"""What a sweep's journals add up to, for people and for scripts. Reads only; needs no Ray.
+
+The rule to know: best is the best FINISHED trial that keeps the constraint, by its last epoch.
+A trial that was stopped early is never best, whatever it had reached.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sparsetune.space.member import Member
+from sparsetune.store import journal
+from sparsetune.store.journal import Trial, holder
+from sparsetune.store.paths import S3Path
+
+STATUSES = ("finished", "running", "stopped", "diverged", "failed")
+
+
+def is_done(record: journal.Member) -> bool:
+    """Has every trial that was asked for ended?"""
+    return len(record.trials) >= record.asked and all(
+        trial.status != "running" for trial in record.trials.values()
+    )
+
+
+def feasible(member: Member, record: journal.Member) -> list[Trial]:
+    """Finished trials that keep the constraint."""
+    finished = (trial for trial in record.trials.values() if trial.status == "finished")
+    return [t for t in finished if member.constraint(t.reports[-1].metrics) <= 0]
+
+
+def front(member: Member, record: journal.Member) -> list[Trial]:
+    """The best feasible trial, or for several objectives those that no other one beats in all."""
+    signs = [1 if direction == "maximize" else -1 for direction in member.directions]
+
+    def scores(trial: Trial) -> list[float]:
+        metrics = trial.reports[-1].metrics
+        return [sign * metrics[name] for sign, name in zip(signs, member.objectives, strict=True)]
+
+    # Whoever beats a trial comes before it in this order, and so does one that nobody beats.
+    ordered = sorted(
+        ((scores(trial), trial) for trial in feasible(member, record)),
+        key=lambda each: (each[0], -each[1].number),
+        reverse=True,
+    )
+    if len(signs) == 1:
+        return [trial for _, trial in ordered[:1]]
+    best: list[tuple[list[float], Trial]] = []
+    for mine, trial in ordered:
+        if not any(
+            other != mine and all(a >= b for a, b in zip(other, mine, strict=True))
+            for other, _ in best
+        ):
+            best.append((mine, trial))
+    return sorted((trial for _, trial in best), key=lambda trial: trial.number)
+
+
+def _described(member: Member, trial: Trial) -> dict[str, Any]:
+    last = trial.reports[-1].metrics
+    values = [last[name] for name in member.objectives]
+    return {
+        "trial": trial.number,
+        "value": values[0] if len(values) == 1 else values,
+        "config": trial.params | trial.fixed,
+    }
+
+
+def summary(folder: Path, driven: bool = True) -> dict[str, Any]:
+    """One member: the keys that `sparsetune status --json` promises.
+
+    `driven=False` says that whoever holds the sweep's lock is about to let go.
+    """
+    record = journal.load(folder)
+    member = Member.from_header(record.header["member"])
+    trials = record.trials.values()
+    found = [_described(member, trial) for trial in front(member, record)]
+    state = "finished" if is_done(record) else "interrupted"
+    if state == "interrupted" and driven and holder(folder.parent) is not None:
+        state = "running"
+    result: dict[str, Any] = {
+        "name": member.name,
+        "state": state,
+        "trials": {"total": record.asked}
+        | {status: sum(trial.status == status for trial in trials) for status in STATUSES},
+        "epochs_trained": sum(len(trial.reports) for trial in trials),
+        "best": (found if len(member.objectives) > 1 else found[0]) if found else None,
+        "device_seconds": round(
+            sum(r.metrics.get("device_seconds", 0.0) for t in trials for r in t.reports), 3
+        ),
+    }
+    if not found:
+        reached = [
+            trial.reports[-1].metrics["density/all"]
+            for trial in trials
+            if trial.status == "finished" and "density/all" in trial.reports[-1].metrics
+        ]
+        result["lowest_density"] = min(reached, default=None)
+    return result
+
+
+def sweep_status(folders: list[Path]) -> dict[str, Any]:
+    """A sweep of one member is that member itself; several stand in `members`."""
+    members = [summary(folder) for folder in folders]
+    if len(members) == 1:
+        return members[0]
+    states = {member["state"] for member in members}
+    state = next(s for s in ("running", "interrupted", "finished") if s in states)
+    return {"name": folders[0].parent.name, "state": state, "members": members}
+
+
+def member_folders(storage: Path, name: str) -> list[Path]:
+    """The folders of the members of sweep `name`, or of one member `name/space@density`.
+
+    In the order in which they were asked for. ValueError where there is no such sweep.
+    """
+    if name.count("/") > 1:
+        raise ValueError(f"name: '{name}' is neither a sweep nor a member, such as mnist/set@0.05")
+    folder = storage / name
+    found = [folder] if journal.exists(folder) else []
+    found = found or [path for path in inside(folder) if journal.exists(path)]
+    if not found:
+        known = ", ".join(sweeps(storage)) or "none"
+        raise ValueError(f"name: there is no sweep '{name}' in {storage}; there are: {known}")
+    headers = {path: journal.header(path) for path in found}
+    orders = {path: header["order"] for path, header in headers.items()}
+    whole_sweep = found != [folder]
+    if whole_sweep and isinstance(folder, S3Path) and 0 not in orders.values():  # is written last
+        raise ValueError(
+            f"name: creating '{name}' in {storage} was cut short, nothing was trained; delete it, "
+            "or begin under another name"
+        )
+    members = next(iter(headers.values())).get("members", [])
+    for member in members if whole_sweep else ():
+        path = folder / member.partition("/")[2]
+        if path not in headers:
+            raise ValueError(
+                f"{journal.home(path)}: no journal here, and the sweep has this member; restore "
+                f"it from a copy, or name a member: {name}/{found[0].name}"
+            )
+    return sorted(found, key=lambda path: (orders[path], path.name))
+
+
+def inside(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def sweeps(storage: Path) -> list[str]:
+    """Names of the sweeps in a storage."""
+    found = [path for path in inside(storage) if not path.name.startswith(".")]
+    return sorted(path.name for path in found if any(map(journal.exists, inside(path))))
+
+
+def all_status(storage: Path) -> dict[str, Any]:
+    """Every sweep of a storage; one that cannot be read says why instead."""
+    result = []
+    for name in sweeps(storage):
+        try:
+            result.append(sweep_status(member_folders(storage, name)))
+        except ValueError as error:  # JournalError, or settings that this version does not know
+            result.append({"name": name, "state": "unreadable", "error": str(error)})
+    return {"sweeps": result}
+
+
+def shown(value: Any) -> str:
+    """A number as a reader wants it: four digits that matter."""
+    if isinstance(value, list):
+        return " / ".join(shown(each) for each in value)
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def settings_shown(config: dict[str, Any]) -> str:
+    short = ("hp.", "variant.", "optimizer.")  # whose keys say enough by themselves
+    return " ".join(
+        f"{key.partition('.')[2] if key.startswith(short) else key}={shown(value)}"
+        for key, value in config.items()
+    )
+
+
+def wide_console(stderr: bool = False) -> Console:
+    """As wide as the terminal, and in a file or a pipe as wide as what is printed."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=10_000)
+
+
+def print_members(members: list[dict[str, Any]]) -> None:
+    """The table of members: trials by how they ended, the best one; below it the settings."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("member", "state", "done", "stopped", "diverged", "failed", "best", "trial"):
+        left = heading in ("member", "state")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    notes = []
+    for member in members:
+        trials = member["trials"]
+        ended = sum(trials[key] for key in ("finished", "stopped", "diverged", "failed"))
+        row = [member["name"], member["state"], f"{ended}/{trials['total']}"]
+        row += [str(trials[key]) for key in ("stopped", "diverged", "failed")]
+        found = member["best"] if isinstance(member["best"], list) else [member["best"]]
+        if found[0] is None:
+            lowest = member.get("lowest_density")
+            if lowest is not None:
+                notes.append(f"{member['name']}: none feasible, lowest density {lowest:.4f}")
+            table.add_row(*row, "-", "-")
+        for best in filter(None, found):
+            table.add_row(*row, shown(best["value"]), str(best["trial"]))
+            notes.append(
+                f"{member['name']} trial {best['trial']}: {settings_shown(best['config'])}"
+            )
+            row = [""] * len(row)  # further trials of a front stand below the first
+    console = wide_console()
+    console.print(table)
+    for note in notes:
+        console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+
+
+def print_result(folders: list[Path]) -> None:
+    """The table of the members that a driver leaves behind."""
+    print_members([summary(path, driven=False) for path in folders])

@@ -1,0 +1,158 @@
+"""What may change of a sweep when it goes on: where it runs, how many trials, and wider ranges.
+
+The rule to know: trials that were trained by other code, on other data or from another space belong
+to another search. So whatever a result depends on is compared with the journal, and a difference is
+refused line by line, as it was and as it would be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sparsetune.settings import to_dict
+from sparsetune.space import config
+from sparsetune.space.member import Command, Member, resolve, reworded
+from sparsetune.space.space import Space
+from sparsetune.store.journal import Event
+from sparsetune.sweeps import source_code
+from sparsetune.training.data import load as load_data
+
+PLACES = (
+    "concurrency", "device", "engine", "failures", "ray.address", "resources.engines",
+    "resources.slots", "resources.threads_per_engine", "wandb.mode",
+)  # fmt: skip
+"""Settings that no result depends on, so that a sweep may go on elsewhere."""
+ELSEWHERE = "or begin a sweep under another name; warm_start={} makes it try this one's best first"
+Differences = dict[str, tuple[Any, Any]]  # key -> then, now
+
+
+def code(member: Member) -> dict[str, dict[str, str]]:
+    """The texts or hashes of the code that the member's results depend on, for its header."""
+    named = [member.settings.data.name, member.settings.model.name]
+    for values in (member.space.fixed, *member.space.start.values()):
+        named.append(str(values.get("model.name", "")))
+    if "model.name" in member.space.search:
+        named += map(str, member.space.search["model.name"].choices)
+    return {
+        "users": source_code.users(dict.fromkeys(named)),
+        "method": source_code.of_method(member.method.name),
+    }
+
+
+def fingerprints(members: Iterable[Member]) -> list[str]:
+    """Of each member's images, which are read once where members share them."""
+    known: dict[str, str] = {}
+    keys = []
+    for settings in (member.settings.data for member in members):
+        keys.append(repr(settings))
+        if keys[-1] not in known:
+            known[keys[-1]] = load_data(settings).fingerprint
+    return [known[key] for key in keys]
+
+
+def check_unchanged(member: Member, header: Event, fingerprint: str) -> None:
+    """ValueError where the code or the data, now of this fingerprint, is not what the search began
+    with."""
+    sweep = member.name.partition("/")[0]
+    now, then = code(member), header.get("code", {})
+    if "users" in then and (lines := source_code.changes(then["users"], now["users"])):
+        raise ValueError(
+            f"code: your modules have changed since '{member.name}' began:\n{lines}\n"
+            f"put the old code back, {ELSEWHERE.format(sweep)}"
+        )
+    if "method" in then and (lines := source_code.changes(then["method"], now["method"])):
+        version = header.get("versions", {}).get("sparsetune", "?")
+        raise ValueError(
+            f"code: sparsetune's own {member.method.name} has changed since '{member.name}' began "
+            f"with version {version}:\n{lines}\ninstall that version, {ELSEWHERE.format(sweep)}"
+        )
+    if header["data"] != fingerprint:
+        raise ValueError(
+            f"data: the images of {member.settings.data.name} have changed since '{member.name}' "
+            f"began (fingerprint {header['data'][:12]}, now {fingerprint[:12]}); put the old data "
+            f"back, {ELSEWHERE.format(sweep)}"
+        )
+
+
+def asked_again(
+    members: list[Member], header: Event, specs: list[str], words: list[str]
+) -> list[Member]:
+    """The members as a command line would have them now.
+
+    Words alone change what the members have; spaces are read anew, with the words of the sweep's
+    own command line before these.
+    """
+    if not specs:
+        return reworded(members, words)
+    first: Command = header["command"]
+    own = [word for word in header["argv"][1:] if "=" in word and not word.startswith("-")]
+    name = members[0].name.partition("/")[0]
+    found = resolve(specs, [*own, *words, f"name={name}"], first, exists=True).members
+    missing = {member.name for member in members} - {member.name for member in found}
+    new = {member.name for member in found} - set(header.get("members", []))
+    if missing or ("members" in header and new):
+        raise ValueError(
+            f"space: these words make {', '.join(member.name for member in found)}, and "
+            f"{', '.join(member.name for member in members)} has begun; give the spaces and "
+            f"densities of the sweep, {ELSEWHERE.format(name)}"
+        )
+    by_name = {member.name: member for member in found}
+    return [by_name[member.name] for member in members]
+
+
+def wider(then: Member, now: Member, allowed: bool) -> Space | None:
+    """The wider space that `now` asks for; None where it asks for what there is.
+
+    ValueError for every other difference, and for wider ranges that were not `allowed`.
+    """
+    differences = _differences(_described(then), _described(now))
+    if not differences:
+        return None
+    lines = [f"  {key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in differences.items()]
+    about = "\n".join([f"space: '{then.name}' has begun with other settings:", *lines])
+    end = f"leave them as they were, {ELSEWHERE.format(then.name.partition('/')[0])}"
+    if not all(_widens(key, then.space, now.space) for key in differences):
+        if any(key.endswith(".choices") for key in differences):
+            end = f"Optuna cannot search other choices in a study that has begun; {end}"
+        raise ValueError(f"{about}\n{end}")
+    if not allowed:
+        raise ValueError(f"{about}\nranges may become wider: add --allow-wider, or {end}")
+    # Start points stay what they are, those of a warm start among them.
+    return dataclasses.replace(then.space, search=now.space.search)
+
+
+def _described(member: Member) -> dict[str, Any]:
+    """Dotted key -> value of all that the search depends on."""
+    settings = config.flatten(to_dict(member.settings))
+    described = {k: v for k, v in settings.items() if k not in (*PLACES, "name", "storage")}
+    del described["trials"]
+    for key, dimension in member.space.search.items():
+        described |= {f"search.{key}.{word}": v for word, v in dimension.to_dict().items()}
+    for name, values in member.space.start.items():
+        if not name.startswith("warm-"):
+            described |= {f"start.{name}.{key}": value for key, value in values.items()}
+    return described
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
+    keys = dict.fromkeys([*then, *now])
+    pairs = {key: (then.get(key), now.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _widens(key: str, then: Space, now: Space) -> bool:
+    """Is this a bound that moved outwards, with all old values still possible?"""
+    searched, _, word = key.removeprefix("search.").rpartition(".")
+    if not key.startswith("search.") or word not in ("low", "high"):
+        return False
+    old, new = then.search.get(searched), now.search.get(searched)
+    if old is None or new is None or None in (old.low, old.high, new.low, new.high):
+        return False
+    assert old.high is not None and new.high is not None
+    return type(old.low) is type(new.low) and old.low in new and old.high <= new.high
+
+
+def _shown(value: Any) -> str:
+    return "-" if value in (None, "") else str(value)

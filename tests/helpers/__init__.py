@@ -1,0 +1,1 @@
+"""What tests of several rooms use: servers, clusters, a browser, toy sweeps."""
