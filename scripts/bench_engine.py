@@ -33,8 +33,9 @@ from sparsetune.engine.solo import Solo
 from sparsetune.engine.stacked.backend import Stacked
 from sparsetune.machine import processor
 from sparsetune.settings import DataSettings, ModelSettings, OptimizerSettings, TrialSettings
-from sparsetune.training import data, trainer
+from sparsetune.training import data
 from sparsetune.training.memory import keep_freed_memory
+from sparsetune.training.setup import prepare
 
 BACKENDS: dict[str, Callable[[int], Any]] = {"solo": Solo, "csr": Csr, "stacked": Stacked}
 AIM = {("csr", 0.1): (3.5, 4.5), ("csr", 0.05): (5.5, 7.0), ("csr", 0.02): (9.0, 12.0)}
@@ -71,7 +72,7 @@ def filled(variant: Variant, options: argparse.Namespace, source: data.Dataset) 
             model=ModelSettings(name=options.model),
             optimizer=OptimizerSettings(lr=0.05 + 0.001 * slot),
         )
-        backend.attach(slot, trainer.prepare(settings, torch.device(options.device), source), None)
+        backend.attach(slot, prepare(settings, torch.device(options.device), source), None)
     return backend
 
 

@@ -24,6 +24,7 @@ from sparsetune.methods.update import update_alone, update_keys
 from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
 from sparsetune.training import data, models, optim, trainer
 from sparsetune.training.memory import keep_freed_memory
+from sparsetune.training.setup import prepare
 
 BATCH = 128
 # What the project promises; "public" is what other code measured at density 0.1, one thread.
@@ -71,7 +72,7 @@ def ours(name: str, source: data.Dataset, device: torch.device) -> Callable[[int
         else UpdateSettings(),
     )
     settings.data.validation = 0.0
-    setup = trainer.prepare(settings, device, source)
+    setup = prepare(settings, device, source)
     state = trainer.begin(setup)
 
     def window(steps: int) -> None:
@@ -83,7 +84,7 @@ def ours(name: str, source: data.Dataset, device: torch.device) -> Callable[[int
 
 
 def update_ms(name: str, source: data.Dataset, device: torch.device, repeats: int) -> list[float]:
-    setup = trainer.prepare(
+    setup = prepare(
         TrialSettings(method=name, model=ModelSettings(name="lenet300100")), device, source
     )
     state = trainer.begin(setup)

@@ -34,11 +34,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 from helpers import local_cluster, processes  # noqa: E402
 from helpers.wandb_files import read_runs  # noqa: E402
 
-from sparsetune.cluster.trial import trial_folder  # noqa: E402
 from sparsetune.search.scheduler import Asha, Rungs  # noqa: E402
 from sparsetune.search.study import MemberSearch  # noqa: E402
 from sparsetune.space.member import Member, Sweep  # noqa: E402
 from sparsetune.store import journal  # noqa: E402
+from sparsetune.store.layout import trial_folder  # noqa: E402
 from sparsetune.training import checkpoint  # noqa: E402
 
 TITLES = {"engine": "ray::EngineActor", "trial": "ray::ImplicitFunc"}

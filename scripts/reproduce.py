@@ -18,6 +18,7 @@ import torch
 
 from sparsetune.settings import DataSettings, ModelSettings, TrialSettings, UpdateSettings
 from sparsetune.training import data, trainer
+from sparsetune.training.setup import prepare
 
 EPOCHS = 5
 SET = {"variant": {"prune": "magnitude", "new_value": "zero", "decay": "cosine"}}
@@ -40,7 +41,7 @@ ROWS: list[tuple[str, float | None, dict[str, Any]]] = [
 def run(settings: TrialSettings) -> tuple[float, float]:
     """(test accuracy in %, density over all weights) after the last epoch."""
     torch.set_num_threads(1)
-    setup = trainer.prepare(settings, torch.device("cpu"))
+    setup = prepare(settings, torch.device("cpu"))
     state = trainer.begin(setup)
     for _ in range(settings.epochs):
         state, metrics = trainer.train_epoch(setup, state)

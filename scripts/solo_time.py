@@ -23,15 +23,16 @@ from typing import Any
 
 import torch
 
-from sparsetune.comparison.confirm import confirmations
+from sparsetune.comparison.winners import confirmations
 from sparsetune.engine.solo import Solo
 from sparsetune.machine import processor
 from sparsetune.settings import TrialSettings
 from sparsetune.space.member import Member
 from sparsetune.store import journal
-from sparsetune.sweeps.status import member_folders
-from sparsetune.training import data, trainer
+from sparsetune.store.layout import member_folders
+from sparsetune.training import data
 from sparsetune.training.memory import keep_freed_memory
+from sparsetune.training.setup import prepare
 
 PAUSE = 120  # seconds without any event
 
@@ -46,7 +47,7 @@ def serve(connection: Connection) -> None:
             known[repr(settings.data)] = data.load(settings.data)
         pool = Solo(1)
         source = known[repr(settings.data)]
-        pool.attach(0, trainer.prepare(settings, torch.device("cpu"), source), None)
+        pool.attach(0, prepare(settings, torch.device("cpu"), source), None)
         pool.advance()
         connection.send("ready")
         connection.recv()

@@ -73,15 +73,14 @@ def sweep(words: tuple[str, ...], dry_run: bool) -> None:
 
 def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run: bool) -> None:
     from sparsetune.cluster.tuner import check_cluster
-    from sparsetune.space import member
-    from sparsetune.sweeps import run as sweep
-    from sparsetune.sweeps import warm_start
+    from sparsetune.space.resolve import resolve
+    from sparsetune.sweeps import create, warm_start
 
     spaces = [word for word in words if "=" not in word and word[:1] not in "+~"]
     with ExitStack() as stack:
         with user_errors():
             resolved = warm_start.warmed(
-                member.resolve(spaces, [w for w in words if w not in spaces], command)
+                resolve(spaces, [w for w in words if w not in spaces], command)
             )
             if dry_run:
                 click.echo(_preview(resolved))
@@ -89,15 +88,16 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
             if command == "sweep":
                 check_cluster(resolved.settings.ray, resolved.storage)
                 click.echo(f"Early stopping: {resolved.scheduling.reason}.", err=True)
-            sweep.create(resolved, command)
-            members = stack.enter_context(sweep.opened(resolved.storage, resolved.name))
-        sys.exit(_run(members, lambda: sweep.undo(members)))
+            create.create(resolved, command)
+            members = stack.enter_context(create.opened(resolved.storage, resolved.name))
+        sys.exit(_run(members, lambda: create.undo(members)))
 
 
 def _run(members: list[Any], undo: Callable[[], bool] = lambda: False) -> int:
+    from sparsetune.store import layout
     from sparsetune.sweeps import run as sweep
 
-    again = sweep.resume_command(members[0].folder.parent)
+    again = layout.resume_command(members[0].folder.parent)
     return _guarded(lambda: sweep.run(members), again, undo)
 
 
@@ -185,8 +185,8 @@ def resume(words: tuple[str, ...], allow_wider: bool, retry_failed: bool) -> Non
     wandb.mode.
     What else is given must be what the sweep has; ranges may become wider, with --allow-wider.
     """
-    from sparsetune.sweeps import run as sweep
-    from sparsetune.sweeps import status
+    from sparsetune.store import layout
+    from sparsetune.sweeps import create
     from sparsetune.sweeps import unchanged as changes
 
     specs = [word for word in words if "=" not in word]
@@ -198,9 +198,9 @@ def resume(words: tuple[str, ...], allow_wider: bool, retry_failed: bool) -> Non
         with user_errors():
             given = _named(tuple(own), keys)
             if "name" not in given:
-                known = ", ".join(status.sweeps(given["storage"])) or "none"
+                known = ", ".join(layout.sweeps(given["storage"])) or "none"
                 raise ValueError(f"resume: give the name of a sweep; there are: {known}")
-            wanted = sweep.Extension(
+            wanted = create.Extension(
                 trials=given.get("trials"),
                 places={key: given[key] for key in changes.PLACES if key in given},
                 specs=specs,
@@ -208,8 +208,7 @@ def resume(words: tuple[str, ...], allow_wider: bool, retry_failed: bool) -> Non
                 allow_wider=allow_wider,
                 retry_failed=retry_failed,
             )
-            opened = sweep.opened(given["storage"], given["name"], wanted)
-            members = stack.enter_context(opened)
+            members = stack.enter_context(create.opened(given["storage"], given["name"], wanted))
         sys.exit(_run(members))
 
 
@@ -228,7 +227,7 @@ def confirm(words: tuple[str, ...], retry_failed: bool) -> None:
     """
     from sparsetune.comparison import confirm as confirmation
     from sparsetune.sweeps import unchanged as changes
-    from sparsetune.sweeps.run import Extension
+    from sparsetune.sweeps.create import Extension
 
     with ExitStack() as stack:
         with user_errors():
@@ -255,12 +254,13 @@ def status(words: tuple[str, ...], as_json: bool) -> None:
     \b
     sparsetune status [NAME] [--json] [storage=FOLDER]
     """
+    from sparsetune.store import layout
     from sparsetune.sweeps import status as state
 
     with user_errors():
         given = _named(words, set())
         if "name" in given:
-            folders = state.member_folders(given["storage"], given["name"])
+            folders = layout.member_folders(given["storage"], given["name"])
             result = state.sweep_status(folders)
         else:
             result = state.all_status(given["storage"])
@@ -319,7 +319,7 @@ def export(words: tuple[str, ...], trial: str, to_wandb: bool) -> None:
     \b
     It is read, here from best.pt, by:
       import torch
-      from sparsetune.models import build
+      from sparsetune.training.models import build
       from sparsetune.settings import ModelSettings
 
     \b
@@ -366,13 +366,13 @@ def compare(
     Where a rule that forbids a ranking is broken there is none, but the reason and what mends it.
     """
     from sparsetune.comparison import compare as comparing
-    from sparsetune.reports import tables
+    from sparsetune.reports import runs_csv, tables
 
     with user_errors():
         storage, names = _names(words)
         found = comparing.compare(storage, names, match)
         if csv_file:
-            comparing.save_csv(found, Path(csv_file))
+            runs_csv.save_csv(found, Path(csv_file))
     if as_json:
         click.echo(json.dumps(_finite(dataclasses.asdict(found)), indent=2))
     else:
@@ -431,7 +431,7 @@ def report(
 def methods(words: tuple[str, ...]) -> None:
     """The sparse training methods, their variants and hyperparameters."""
     from sparsetune.methods import METHODS
-    from sparsetune.sweeps.status import wide_console
+    from sparsetune.terminal import wide_console
 
     _no_name(words)
 
@@ -462,7 +462,7 @@ def _no_name(words: tuple[str, ...]) -> None:
 def spaces(words: tuple[str, ...]) -> None:
     """The search spaces that come with sparsetune: what each fixes and searches."""
     from sparsetune.space import space
-    from sparsetune.sweeps.status import wide_console
+    from sparsetune.terminal import wide_console
 
     _no_name(words)
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -22,3 +23,15 @@ def hardware() -> str:
     """Cores, processor and GPUs."""
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     return ", ".join([f"{os.cpu_count()} cores, {processor()}", *gpus])
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for package in ("sparsetune", "torch", "ray", "optuna", "wandb"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

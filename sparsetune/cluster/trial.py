@@ -180,7 +180,3 @@ def _engine(name: str) -> Any:
 def trial_key(member: str, number: int) -> str:
     """What a trial is called in its engine."""
     return f"{member} {number}"
-
-
-def trial_folder(member_folder: Path, number: int) -> Path:
-    return member_folder.resolve() / "trials" / f"{number:05d}"

@@ -6,29 +6,15 @@ no rule that forbids one is broken (`fairness.py`). This module reads; it trains
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import statistics as standard
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sparsetune.comparison import intervals
-from sparsetune.comparison.confirm import (
-    called,
-    candidates,
-    command_for,
-    confirmations,
-    excess,
-    group_of,
-    role,
-    seed_of,
-    serving,
-    winner,
-)
 from sparsetune.comparison.fairness import Entry, rules
 from sparsetune.comparison.values import (
     SLACK,
@@ -41,13 +27,25 @@ from sparsetune.comparison.values import (
     density_of,
     told_apart,
 )
+from sparsetune.comparison.winners import (
+    called,
+    candidates,
+    command_for,
+    confirmations,
+    excess,
+    group_of,
+    role,
+    seed_of,
+    serving,
+    winner,
+)
 from sparsetune.methods.contract import make_variant
 from sparsetune.settings import TrialSettings
 from sparsetune.space.member import Member, Sweep
 from sparsetune.store import journal
 from sparsetune.store.journal import ENDED, Trial
-from sparsetune.sweeps.run import resume_command
-from sparsetune.sweeps.status import is_done, member_folders
+from sparsetune.store.layout import member_folders, resume_command
+from sparsetune.sweeps.status import is_done
 from sparsetune.training import data, models
 from sparsetune.training.flops import forward_flops
 
@@ -478,42 +476,3 @@ def _about(entries: list[Entry]) -> dict[str, Any]:
 
 
 # As a table for scripts ---------------------------------------------------------------------------
-
-COLUMNS = (
-    "cell", "sweep", "space", "method", "density asked", "state", "setting", "trial", "seed",
-    "status", "test accuracy", "density", "density sparse", "parameters", "flops train",
-    "flops inference", "dense gradient", "tuning trials", "tuning finished",
-    "tuning stopped", "tuning diverged", "tuning failed", "tuning epochs", "tuning device-seconds",
-)  # fmt: skip
-
-
-def save_csv(comparison: Comparison, file: Path) -> None:
-    """ValueError for a file that is there and is no such table."""
-    try:
-        if file.exists() and not file.read_bytes().startswith(",".join(COLUMNS).encode()):
-            raise ValueError(f"csv: '{file}' is no table of sparsetune; give another --csv FILE")
-        with file.open("w", newline="", encoding="utf-8") as opened:
-            write_csv(comparison, opened)
-    except OSError as error:
-        raise ValueError(f"csv: '{file}' cannot be written ({error.strerror})") from error
-
-
-def write_csv(comparison: Comparison, file: IO[str]) -> None:
-    """One row per cell, setting (chosen or paper) and seed; a cell without runs has one row."""
-    rows = csv.writer(file)
-    rows.writerow(COLUMNS)
-    for cell in comparison.cells:
-        tuning = cell.tuning
-        head: list[Any] = [cell.name, cell.sweep, cell.space, cell.method, cell.density, cell.state]
-        tail: list[Any] = [cell.dense_gradient, tuning.asked]
-        tail += [tuning.trials[s] for s in ("finished", "stopped", "diverged", "failed")]
-        tail += [tuning.epochs, round(tuning.device_seconds, 3)]
-        lines: Iterable[tuple[str, Line | None]] = (("chosen", cell.chosen), ("paper", cell.paper))
-        found = [(setting, line) for setting, line in lines if line is not None]
-        if not found:
-            rows.writerow([*head, *[None] * 10, *tail])
-        for setting, line in found:
-            whole: list[Any] = [line.density, line.density_sparse, line.parameters]
-            whole += [line.flops_train, line.flops_inference]
-            for seed, status, test in zip(line.seeds, line.statuses, line.test, strict=True):
-                rows.writerow([*head, setting, line.trial, seed, status, test, *whole, *tail])

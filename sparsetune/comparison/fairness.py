@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsetune.comparison.confirm import (
+from sparsetune.comparison.values import SLACK, Cell, Rule
+from sparsetune.comparison.winners import (
     DENSITY,
     accuracy_name,
     command_for,
@@ -25,12 +26,11 @@ from sparsetune.comparison.confirm import (
     is_front,
     role,
 )
-from sparsetune.comparison.values import SLACK, Cell, Rule
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space.config import flatten
 from sparsetune.space.member import Member, Scheduling
 from sparsetune.store import journal
-from sparsetune.sweeps.run import resume_command
+from sparsetune.store.layout import resume_command
 from sparsetune.sweeps.status import is_done
 
 SPREAD = 0.25  # of epochs spent in searching, the most over the fewest, less one

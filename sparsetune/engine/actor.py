@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sparsetune.engine.pool import Pool, choose, prepare, structure
+from sparsetune.engine.pool import Pool, choose, prepared, structure
 from sparsetune.names import work_in
 from sparsetune.settings import TrialSettings, from_dict
 from sparsetune.store import paths
@@ -249,7 +249,7 @@ class Engine:
         """False, and told to the trial, where its settings fit none."""
         if not place.structure:
             try:
-                setup = prepare(place.settings, self._device, self._datasets)
+                setup = prepared(place.settings, self._device, self._datasets)
                 backend = choose(self._engine, setup).name
                 place.structure = structure(place.settings, backend)
             except Exception:  # noqa: BLE001 - whatever it is, it is this trial's, and it is told

@@ -21,9 +21,10 @@ from sparsetune.engine.solo import Solo
 from sparsetune.engine.stacked import backend as stacked
 from sparsetune.engine.stacked.backend import Stacked
 from sparsetune.settings import TrialSettings, to_dict
-from sparsetune.training import checkpoint, data, trainer
+from sparsetune.training import checkpoint, data
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.trainer import Metrics, Setup, TrialState
+from sparsetune.training.setup import Setup, choose_device, prepare
+from sparsetune.training.trainer import Metrics, TrialState
 
 
 class Backend(Protocol):
@@ -130,11 +131,11 @@ def structure(settings: TrialSettings, backend: str) -> str:
     return json.dumps({"backend": backend, "optimizer": optimizer} | common)
 
 
-def prepare(settings: TrialSettings, device: str, datasets: dict[str, data.Dataset]) -> Setup:
-    """`trainer.prepare`, with data that are read and moved to the device once: `datasets` is looked
+def prepared(settings: TrialSettings, device: str, datasets: dict[str, data.Dataset]) -> Setup:
+    """`prepare`, with data that are read and moved to the device once: `datasets` is looked
     at and added to."""
     key = json.dumps(to_dict(settings)["data"])
-    setup = trainer.prepare(settings, trainer.choose_device(device), datasets.get(key))
+    setup = prepare(settings, choose_device(device), datasets.get(key))
     datasets[key] = setup.dataset
     return setup
 
@@ -151,7 +152,7 @@ class Pool:
         share: float = 0.8,
         datasets: dict[str, data.Dataset] | None = None,
     ) -> None:
-        """`datasets`: what other pools of this process have read, for `prepare`."""
+        """`datasets`: what other pools of this process have read, for `prepared`."""
         self.slots = slots
         self._share = share
         self.choice: Choice | None = None
@@ -180,7 +181,7 @@ class Pool:
             self.detach(key)
         if len(self) == self.slots:
             raise ValueError(f"all {self.slots} slots are taken; detach a trial first")
-        setup = prepare(settings, self._device, self._datasets)
+        setup = prepared(settings, self._device, self._datasets)
         choice = choose(self.choice.name if self.choice else self._engine, setup)
         shared = structure(settings, choice.name)
         if self._structure not in ("", shared):
@@ -234,7 +235,7 @@ def train(
     records: list[list[Metrics]] = [[] for _ in trials]
     waiting: dict[str, list[int]] = {}
     for number, settings in enumerate(trials):
-        choice = choose(engine, prepare(settings, device, datasets))
+        choice = choose(engine, prepared(settings, device, datasets))
         waiting.setdefault(structure(settings, choice.name), []).append(number)
     for numbers in waiting.values():
         pool = Pool(slots, device, engine, datasets=datasets)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from sparsetune.training import checkpoint, trainer
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.trainer import Metrics, Setup, TrialState
+from sparsetune.training.setup import Setup
+from sparsetune.training.trainer import Metrics, TrialState
 
 
 class Solo:

@@ -27,7 +27,7 @@ from sparsetune.search.study import SearchMember, frozen
 from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal, Trial
-from sparsetune.sweeps.status import member_folders
+from sparsetune.store.layout import member_folders
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 2.0

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from sparsetune.cluster.trial import trial_folder
+from sparsetune.machine import versions
 from sparsetune.settings import to_dict
 from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
+from sparsetune.store.layout import member_folders, trial_folder
 from sparsetune.store.paths import write_whole
-from sparsetune.sweeps.alone import setup_of
-from sparsetune.sweeps.run import versions
-from sparsetune.sweeps.status import front, member_folders
+from sparsetune.sweeps.status import front
 from sparsetune.sweeps.unchanged import check_unchanged, fingerprints
 from sparsetune.training import checkpoint, models, trainer
+from sparsetune.training.setup import setup_of
 
 Exported = dict[str, Any]
 """state_dict of the network; masks {weight: bool tensor}; config, the trial's settings, nested;

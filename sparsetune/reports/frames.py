@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsetune.comparison.confirm import confirmations, role
+from sparsetune.comparison.winners import confirmations, role
 from sparsetune.settings import to_dict
 from sparsetune.space import config
 from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
-from sparsetune.sweeps.status import member_folders
+from sparsetune.store.layout import member_folders
 
 if TYPE_CHECKING:
     import pandas as pd

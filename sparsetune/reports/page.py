@@ -20,7 +20,7 @@ from sparsetune.reports.figures import Results, section, sparsity
 from sparsetune.reports.search_figures import short
 from sparsetune.reports.svg import Look, swatch
 from sparsetune.reports.tables import Section, by_level, percent, sections
-from sparsetune.sweeps.status import settings_shown, shown
+from sparsetune.terminal import settings_shown, shown
 
 OURS = '<meta name="generator" content="sparsetune report">'
 BAD = ("broken", "infeasible", "unconfirmed", "unfinished")

@@ -22,7 +22,8 @@ from sparsetune.space.member import Member
 from sparsetune.space.space import Dimension
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
-from sparsetune.sweeps.status import member_folders, settings_shown, shown
+from sparsetune.store.layout import member_folders
+from sparsetune.terminal import settings_shown, shown
 
 ENOUGH = 10  # finished trials, for an importance
 GOOD = 0.25  # of a search's trials count as good ones

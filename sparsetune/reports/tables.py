@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsetune.comparison.values import SLACK, Cell, Comparison, Interval, Line, density_of
-from sparsetune.sweeps.status import wide_console
+from sparsetune.terminal import wide_console
 
 STYLES = {"broken": "bold red", "holds": "green", "does not apply": "dim"}
 

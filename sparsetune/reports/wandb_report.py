@@ -19,13 +19,13 @@ from typing import Any
 import wandb
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-from sparsetune.comparison.confirm import confirmations
 from sparsetune.comparison.values import Cell, Comparison, Line
+from sparsetune.comparison.winners import confirmations
 from sparsetune.reports.tables import by_level, markdown, sections
 from sparsetune.settings import WandbSettings
 from sparsetune.space.member import Member
 from sparsetune.store import journal
-from sparsetune.sweeps.status import member_folders
+from sparsetune.store.layout import member_folders
 from sparsetune.sweeps.tracking import resolve_mode
 
 try:

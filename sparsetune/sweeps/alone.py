@@ -8,7 +8,6 @@ resumed. The trials of our own sweeps do the same in an engine (`engine/actor.py
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,24 +15,19 @@ from typing import Any
 
 import torch
 
-from sparsetune.settings import DataSettings, TrialSettings, from_dict
+from sparsetune.cluster.trial import write_error
+from sparsetune.cluster.watch import Watch
+from sparsetune.search.study import MemberSearch
+from sparsetune.settings import TrialSettings
 from sparsetune.space.config import trial_settings
-from sparsetune.store.paths import Trouble, insist
-from sparsetune.training import checkpoint, data, trainer
-from sparsetune.training.memory import keep_freed_memory
+from sparsetune.space.member import Sweep
+from sparsetune.store.layout import trial_folder
+from sparsetune.store.paths import StorageAway, Trouble, insist
+from sparsetune.sweeps.create import OpenMember, search_member
+from sparsetune.sweeps.status import is_done
+from sparsetune.training import checkpoint, trainer
+from sparsetune.training.setup import setup_of
 from sparsetune.training.trainer import Metrics
-
-
-@functools.lru_cache(maxsize=2)
-def _dataset(key: str) -> data.Dataset:
-    """Data sets stay with a process, which trains many trials one after another."""
-    return data.load(from_dict(DataSettings, json.loads(key)))
-
-
-def setup_of(settings: TrialSettings, device: str) -> trainer.Setup:
-    keep_freed_memory()
-    key = json.dumps(vars(settings.data), sort_keys=True)
-    return trainer.prepare(settings, trainer.choose_device(device), _dataset(key))
 
 
 def epochs(
@@ -84,3 +78,40 @@ def trainable(config: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder), checkpoint.encode(state), records)
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def train_alone(one: OpenMember, watch: Watch) -> None:
+    """The open and new trials of a member one after another in this process, without Ray."""
+    settings, record = one.member.settings, one.journal.record
+    scheduling = Sweep("", Path(), [one.member]).scheduling
+    search = MemberSearch(search_member(one, scheduling), settings.seed)
+    with watch.signals():
+        while not is_done(record) and watch.leaving_since is None:
+            running = [trial for trial in record.trials.values() if trial.status == "running"]
+            trial = running[0] if running else search.suggest()
+            trial_settings = one.member.trial_settings(trial.params, trial.fixed)
+            folder = trial_folder(one.folder, trial.number)
+            metrics: dict[str, float] = {}
+            records = epochs(
+                trial_settings, settings.device, folder, settings.checkpoint.every, watch.trouble
+            )
+            while watch.leaving_since is None:
+                try:
+                    if (found := next(records, None)) is None:
+                        break
+                except StorageAway:
+                    raise
+                except Exception as error:  # noqa: BLE001 - recorded as in a sweep, not as a result
+                    search.end(trial.number, "failed", error=write_error(folder, error))
+                    break
+                metrics = found
+                if metrics["epoch"] > len(trial.reports):
+                    search.report(trial.number, int(metrics["epoch"]), metrics, "CONTINUE")
+                watch.progress.epoch(one.member.name, metrics, trial_settings.epochs)
+                watch.send()
+            if trial.status == "failed":
+                continue
+            if metrics.get("diverged"):
+                search.end(trial.number, "diverged")
+            elif len(trial.reports) == trial_settings.epochs:
+                search.end(trial.number, "finished")

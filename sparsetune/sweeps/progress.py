@@ -12,7 +12,8 @@ from rich.table import Table
 
 from sparsetune.space.member import Member
 from sparsetune.store import journal
-from sparsetune.sweeps.status import front, shown, wide_console
+from sparsetune.sweeps.status import front
+from sparsetune.terminal import shown, wide_console
 
 EVERY_SECONDS = 0.5  # between two drawings in a terminal
 EVERY_SECONDS_IN_FILE = 30.0  # between two lines where output is no terminal

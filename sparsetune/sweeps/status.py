@@ -6,17 +6,16 @@ A trial that was stopped early is never best, whatever it had reached.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial, holder
-from sparsetune.store.paths import S3Path
+from sparsetune.store.layout import member_folders, sweeps
+from sparsetune.terminal import settings_shown, shown, wide_console
 
 STATUSES = ("finished", "running", "stopped", "diverged", "failed")
 
@@ -113,48 +112,6 @@ def sweep_status(folders: list[Path]) -> dict[str, Any]:
     return {"name": folders[0].parent.name, "state": state, "members": members}
 
 
-def member_folders(storage: Path, name: str) -> list[Path]:
-    """The folders of the members of sweep `name`, or of one member `name/space@density`.
-
-    In the order in which they were asked for. ValueError where there is no such sweep.
-    """
-    if name.count("/") > 1:
-        raise ValueError(f"name: '{name}' is neither a sweep nor a member, such as mnist/set@0.05")
-    folder = storage / name
-    found = [folder] if journal.exists(folder) else []
-    found = found or [path for path in inside(folder) if journal.exists(path)]
-    if not found:
-        known = ", ".join(sweeps(storage)) or "none"
-        raise ValueError(f"name: there is no sweep '{name}' in {storage}; there are: {known}")
-    headers = {path: journal.header(path) for path in found}
-    orders = {path: header["order"] for path, header in headers.items()}
-    whole_sweep = found != [folder]
-    if whole_sweep and isinstance(folder, S3Path) and 0 not in orders.values():  # is written last
-        raise ValueError(
-            f"name: creating '{name}' in {storage} was cut short, nothing was trained; delete it, "
-            "or begin under another name"
-        )
-    members = next(iter(headers.values())).get("members", [])
-    for member in members if whole_sweep else ():
-        path = folder / member.partition("/")[2]
-        if path not in headers:
-            raise ValueError(
-                f"{journal.home(path)}: no journal here, and the sweep has this member; restore "
-                f"it from a copy, or name a member: {name}/{found[0].name}"
-            )
-    return sorted(found, key=lambda path: (orders[path], path.name))
-
-
-def inside(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def sweeps(storage: Path) -> list[str]:
-    """Names of the sweeps in a storage."""
-    found = [path for path in inside(storage) if not path.name.startswith(".")]
-    return sorted(path.name for path in found if any(map(journal.exists, inside(path))))
-
-
 def all_status(storage: Path) -> dict[str, Any]:
     """Every sweep of a storage; one that cannot be read says why instead."""
     result = []
@@ -164,27 +121,6 @@ def all_status(storage: Path) -> dict[str, Any]:
         except ValueError as error:  # JournalError, or settings that this version does not know
             result.append({"name": name, "state": "unreadable", "error": str(error)})
     return {"sweeps": result}
-
-
-def shown(value: Any) -> str:
-    """A number as a reader wants it: four digits that matter."""
-    if isinstance(value, list):
-        return " / ".join(shown(each) for each in value)
-    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
-
-
-def settings_shown(config: dict[str, Any]) -> str:
-    short = ("hp.", "variant.", "optimizer.")  # whose keys say enough by themselves
-    return " ".join(
-        f"{key.partition('.')[2] if key.startswith(short) else key}={shown(value)}"
-        for key, value in config.items()
-    )
-
-
-def wide_console(stderr: bool = False) -> Console:
-    """As wide as the terminal, and in a file or a pipe as wide as what is printed."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=10_000)
 
 
 def print_members(members: list[dict[str, Any]]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from sparsetune.settings import to_dict
 from sparsetune.space import config
-from sparsetune.space.member import Command, Member, resolve, reworded
+from sparsetune.space.member import Member
+from sparsetune.space.resolve import Command, resolve, reworded
 from sparsetune.space.space import Space
 from sparsetune.store.journal import Event
 from sparsetune.sweeps import source_code

@@ -12,9 +12,11 @@ import dataclasses
 import math
 from typing import Any
 
-from sparsetune.space.member import Member, Sweep, check_members
+from sparsetune.space.member import Member, Sweep
+from sparsetune.space.resolve import check_members
 from sparsetune.store import journal
-from sparsetune.sweeps.status import feasible, front, member_folders
+from sparsetune.store.layout import member_folders
+from sparsetune.sweeps.status import feasible, front
 
 BEST = 5  # settings taken over; an earlier search has more to say only where nothing has changed
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sparsetune.store.paths import write_whole
 from sparsetune.training import optim, trainer
-from sparsetune.training.trainer import Metrics, Setup, TrialState
+from sparsetune.training.setup import Setup
+from sparsetune.training.trainer import Metrics, TrialState
 
 FORMAT = 1
 Snapshot = dict[str, Any]

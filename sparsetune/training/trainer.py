@@ -9,30 +9,25 @@ device only at topology updates.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
-from sparsetune.methods import METHODS, Method, noise
+from sparsetune.methods import noise
 from sparsetune.methods.contract import (
     Active,
     Layers,
-    Shapes,
-    UpdateSchedule,
-    make_hyperparameters,
-    make_variant,
 )
-from sparsetune.methods.distribution import counts, random_masks, split_layers, total_for
+from sparsetune.methods.distribution import random_masks
 from sparsetune.methods.update import activate, seeded_noise, update_alone, update_keys
-from sparsetune.settings import TrialSettings
 from sparsetune.training import data, models, optim
-from sparsetune.training.flops import forward_flops, trial_flops
+from sparsetune.training.flops import trial_flops
+from sparsetune.training.setup import Setup, batches, inputs, is_due
 
 Metrics = dict[str, float]
 
@@ -56,141 +51,6 @@ class TrialState(NamedTuple):
     updates: int
     flops: float  # of all training so far
     diverged: bool
-
-
-class Setup(NamedTuple):
-    """What `prepare` derives from a trial's settings, once."""
-
-    settings: TrialSettings
-    device: torch.device
-    method: Method
-    variant: Any
-    hp: Any
-    schedule: UpdateSchedule
-    model: nn.Module  # on the meta device: its forward is called with the state's params
-    names: tuple[str, ...]  # of the model's parameters; a method may train others besides
-    sparse: Shapes
-    dense: Shapes
-    targets: dict[str, int]  # active weights per sparse layer that the density asks for
-    flops: dict[str, float]  # forward, dense, per sample, by weight name
-    dataset: data.Dataset  # on the device
-    train_index: Tensor
-    validation_index: Tensor
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return data.steps_per_epoch(len(self.train_index), self.settings.train.batch_size)
-
-    @property
-    def num_steps(self) -> int:
-        return self.steps_per_epoch * self.settings.epochs
-
-    @property
-    def masks_gradients(self) -> bool:
-        """Only active weights learn; False where absent ones collect momentum (SM) or all train."""
-        return self.fixes_weights and self.method.dense_gradient(self.variant) != "always"
-
-    @property
-    def fixes_weights(self) -> bool:
-        """Absent weights are zero, not merely masked in the forward pass."""
-        return self.method.reaches_density
-
-    @property
-    def moves_masks(self) -> bool:
-        """Every step moves the masks, not topology updates (DST)."""
-        return self.method.masks_of is not None
-
-
-def choose_device(name: str) -> torch.device:
-    """auto: a GPU where there is one. ValueError for a device that this machine lacks."""
-    check_device(name)
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: '{name}' asked for, but torch sees no GPU; use device=cpu")
-    return device
-
-
-def check_device(name: str) -> None:
-    """ValueError for what is no name of a device that we train on."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device: '{name}' is unknown; allowed: auto, cpu, cuda, cuda:N")
-
-
-def update_schedule(method: Method, settings: TrialSettings) -> UpdateSchedule:
-    """The method's schedule with what the settings replace; ValueError for what cannot be."""
-    given = {k: v for k, v in vars(settings.update).items() if v is not None}
-    if "doublings" in given:
-        given["doublings"] = tuple(given["doublings"])
-    schedule = method.schedule
-    schedule = UpdateSchedule(**{**vars(schedule), **given})
-    every = schedule.every
-    if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ValueError(f"update.every: '{every}' is neither 'epoch' nor a number of steps")
-    for name, share in (("first", schedule.first), ("stop", schedule.stop)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"update.{name}: {share} is no share of training from 0 to 1")
-    if schedule.first > schedule.stop:
-        raise ValueError(
-            f"update.first: {schedule.first} comes after update.stop, {schedule.stop}, so the "
-            "topology would never change; give a smaller one, or use the space static"
-        )
-    return schedule
-
-
-def layers_of(
-    settings: TrialSettings, method: Method, weights: Shapes
-) -> tuple[Shapes, Shapes, dict[str, int]]:
-    """(sparse layers, dense layers, active weights per sparse layer at the asked density)."""
-    sparse, dense = split_layers(weights, settings.dense_layers)
-    if not method.reaches_density:
-        return sparse, dense, {name: shape.numel() for name, shape in sparse.items()}
-    if not sparse:
-        raise ValueError(
-            f"dense_layers: {', '.join(settings.dense_layers)} leaves every layer dense, so "
-            "nothing can be sparse; leave one out"
-        )
-    total = total_for(sparse, dense, settings.density, settings.density_over)
-    return sparse, dense, counts(sparse, total, settings.distribution)
-
-
-def prepare(
-    settings: TrialSettings, device: torch.device, dataset: data.Dataset | None = None
-) -> Setup:
-    """The setup of a trial; `dataset` where it is loaded already. ValueError for bad settings."""
-    method = METHODS[settings.method]
-    variant = make_variant(method, settings.variant)
-    if dataset is None:
-        dataset = data.load(settings.data)
-    with torch.device("meta"):
-        model = models.build(settings.model, dataset.input_shape, dataset.num_classes)
-    sparse, dense, targets = layers_of(settings, method, models.weights(model))
-    train_index, validation_index = data.split(
-        len(dataset.train.labels), settings.data.validation, settings.seed
-    )
-    dataset = dataset._replace(
-        train=data.Arrays(*(t.to(device) for t in dataset.train)),
-        mean=dataset.mean.to(device),
-        deviation=dataset.deviation.to(device),
-    )
-    return Setup(
-        settings=settings,
-        device=device,
-        method=method,
-        variant=variant,
-        hp=make_hyperparameters(method, settings.hp, variant, device),
-        schedule=update_schedule(method, settings),
-        model=model,
-        names=tuple(name for name, _ in model.named_parameters()),
-        sparse=sparse,
-        dense=dense,
-        targets=targets,
-        flops=forward_flops(settings.model, dataset.input_shape, dataset.num_classes),
-        dataset=dataset,
-        train_index=train_index.to(device),
-        validation_index=validation_index.to(device),
-    )
 
 
 def begin(setup: Setup) -> TrialState:
@@ -360,60 +220,11 @@ def train_step(
     return state, gates, loss.detach()
 
 
-def is_due(setup: Setup, step: int) -> bool:
-    """Is the topology updated after the trial's optimizer step number `step`, counted from 1?"""
-    method = setup.method
-    return method.decide is not None and setup.schedule.is_due(
-        step, setup.num_steps, setup.steps_per_epoch, method.closes
-    )
-
-
 def gates_of(setup: Setup, state: TrialState) -> Layers:
     """Masks as 0 and 1 in float, what weights or gradients are multiplied by; none for dense."""
     if not setup.fixes_weights and not setup.moves_masks:
         return {}
     return {name: mask.to(state.params[name].dtype) for name, mask in state.masks.items()}
-
-
-class Batches(NamedTuple):
-    """The batches of one epoch."""
-
-    places: Tensor  # [steps, batch] int64, positions in the data set
-    offsets: data.Offsets | None  # what augmentation does to each image of the data set
-
-
-def batches_key(setup: Setup, epoch: int) -> tuple[int | None, int, int]:
-    """Trials of one structure with equal keys have equal batches: (split, order, epoch)."""
-    settings = setup.settings
-    order_seed = settings.seed if settings.order_seed is None else settings.order_seed
-    return settings.seed if settings.data.validation else None, order_seed, epoch
-
-
-def batches(setup: Setup, epoch: int) -> Batches:
-    """Which images are in which batch of the epoch that follows `epoch` epochs."""
-    settings, dataset = setup.settings, setup.dataset
-    _, order_seed, _ = batches_key(setup, epoch)
-    num, steps = len(setup.train_index), setup.steps_per_epoch
-    order = data.epoch_order(num, order_seed, epoch).to(setup.device)
-    size = min(settings.train.batch_size, num)
-    height, width = dataset.train.images.shape[-2:]
-    offsets = data.augmentation(
-        settings.data.augment, len(dataset.train.labels), order_seed, epoch, (height, width)
-    )
-    return Batches(
-        setup.train_index[order[: steps * size]].view(steps, size),
-        offsets if offsets is None else offsets.to(setup.device),
-    )
-
-
-def inputs(setup: Setup, epoch: Batches, places: Tensor) -> tuple[Tensor, Tensor]:
-    """The network's input and labels of a part of `epoch.places`, [*n, c, h, w] and [*n]."""
-    train, flat = setup.dataset.train, places.flatten()
-    images = data.augment(train.images[flat], epoch.offsets, flat)
-    x = data.to_input(
-        images, setup.dataset.mean, setup.dataset.deviation, setup.settings.data.normalize
-    )
-    return x.view(*places.shape, *x.shape[1:]), train.labels[places]
 
 
 def train_epoch(setup: Setup, state: TrialState) -> tuple[TrialState, Metrics]:

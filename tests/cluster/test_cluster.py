@@ -24,8 +24,8 @@ from sparsetune.cluster import tuner as cluster
 from sparsetune.settings import DataSettings, ModelSettings, to_dict
 from sparsetune.space.config import RaySettings, SweepSettings
 from sparsetune.store import journal
+from sparsetune.store.layout import sweeps
 from sparsetune.store.paths import place
-from sparsetune.sweeps.status import sweeps
 from sparsetune.training.data import load
 
 SPARSETUNE = [sys.executable, "-m", "sparsetune.cli"]

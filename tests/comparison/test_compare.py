@@ -14,15 +14,16 @@ import pytest
 from helpers.told_sweep import accuracy, confirmed, told
 
 from sparsetune import load
-from sparsetune.comparison import confirm, intervals
-from sparsetune.comparison.compare import compare, save_csv, write_csv
+from sparsetune.comparison import intervals, winners
+from sparsetune.comparison.compare import compare
 from sparsetune.comparison.values import Cell, Comparison
 from sparsetune.reports import search_figures, tables
+from sparsetune.reports.runs_csv import save_csv, write_csv
 from sparsetune.search.study import MemberSearch
 from sparsetune.space.member import Member, Sweep
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal, Trial
-from sparsetune.sweeps import run
+from sparsetune.sweeps.create import opened, search_member
 
 SETTLED = ["density=0.2", "trials=4"]
 
@@ -286,10 +287,10 @@ def test_what_is_not_confirmed(tmp_path: Path) -> None:
 
 def told_more(path: Path) -> None:
     """The trials that a search was extended by, in its first member."""
-    with run.opened(path.parent, path.name) as members:
+    with opened(path.parent, path.name) as members:
         (one,) = members
         scheduling = Sweep("", Path(), [one.member]).scheduling
-        search = MemberSearch(run.search_member(one, scheduling), 0)
+        search = MemberSearch(search_member(one, scheduling), 0)
         while search.wants_more:
             trial = search.suggest()
             metrics = dict(one.journal.record.trials[0].reports[-1].metrics)
@@ -440,8 +441,8 @@ def test_one_search_serves_several_densities(tmp_path: Path) -> None:
     runs = journal.load(front / "dst/confirm")
     # In W&B a run belongs to all densities that it serves: trial 5 has .2, and 6 has .25.
     one = Member.from_header(journal.header(front / "dst")["member"])
-    roles = {confirm.role(trial) for trial in runs.trials.values()}
-    assert {role: confirm.group_of(one, runs, *role) for role in roles} == {
+    roles = {winners.role(trial) for trial in runs.trials.values()}
+    assert {role: winners.group_of(one, runs, *role) for role in roles} == {
         ("final", 3): "b/dst@0.1",
         ("final", 5): "b/dst@0.2,0.22",
         ("paper", 0): "b/dst paper",
@@ -545,7 +546,7 @@ def test_a_density_that_one_method_lacks(tmp_path: Path) -> None:
 
 def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3")
-    monkeypatch.setattr("sparsetune.sweeps.run.versions", lambda: {"sparsetune": "0.0.9"})
+    monkeypatch.setattr("sparsetune.sweeps.create.versions", lambda: {"sparsetune": "0.0.9"})
     confirmed(told(tmp_path, ["static"], *SETTLED, "name=b"), "seeds=3")
     rule = compare(tmp_path, ["a", "b"]).rules[13]
     assert rule.state == "broken"

@@ -14,12 +14,13 @@ from helpers.command import TOY, reports, run, start
 from helpers.told_sweep import EPOCHS, accuracy, confirmed, told
 from helpers.wandb_files import Run, read_runs
 
-from sparsetune.comparison import confirm
+from sparsetune.comparison import confirm, winners
 from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
-from sparsetune.sweeps.run import Extension
+from sparsetune.sweeps.create import Extension
 from sparsetune.training import checkpoint, data, trainer
+from sparsetune.training.setup import prepare
 
 SETTLED = ["density=0.2", "trials=5", "name=a"]
 
@@ -28,7 +29,7 @@ def runs(path: Path, member: str = "static@0.2", folder: str = "confirm") -> lis
     """(what for, trial, seed, share held out, whether tested) of each run."""
     record = journal.load(path / member / folder)
     return [
-        (*confirm.role(t), t.fixed["seed"], t.fixed.get("data.validation"), t.test is not None)
+        (*winners.role(t), t.fixed["seed"], t.fixed.get("data.validation"), t.test is not None)
         for t in record.trials.values()
     ]
 
@@ -70,7 +71,7 @@ def test_the_winner_is_the_best_over_fresh_seeds(tmp_path: Path) -> None:
         found = accuracy(one, trial, role)
         assert isinstance(found, dict)
         if role == "rank":
-            number, seed = confirm.role(trial)[1], trial.fixed["seed"]
+            number, seed = winners.role(trial)[1], trial.fixed["seed"]
             if number == 4 and seed == 1002:
                 return "diverged"  # however good it was on the other seed
             found["val/accuracy"] = {4: 0.99, 3: 0.7, 2: 0.8}[number]
@@ -107,7 +108,7 @@ def test_rankings_are_not_tried_again_once_the_test_images_were_read(tmp_path: P
     confirmed(path, "seeds=2", "top=2", "full=false", tell=tell)
     failed = [t for t in journal.load(path / "static@0.2/confirm").trials.values()
               if t.status == "failed"]  # fmt: skip
-    assert sorted(confirm.role(t) for t in failed) == [("rank", 3), ("rank", 4)]
+    assert sorted(winners.role(t) for t in failed) == [("rank", 3), ("rank", 4)]
     with begun(path, retry=True) as (one,):  # 3, the winner, alone
         assert one.runs.journal.record.trials[failed[0].number].status == "failed"
         assert one.runs.journal.record.trials[failed[1].number].status == "running"
@@ -208,17 +209,17 @@ def test_a_killed_confirmation_goes_on(tmp_path: Path) -> None:
     assert "Compare by: sparsetune compare toy" in done.stdout
     folder = tmp_path / "sweeps/toy/set@0.3/confirm"
     record = journal.load(folder)
-    roles = [confirm.role(t) for t in record.trials.values()]
+    roles = [winners.role(t) for t in record.trials.values()]
     assert [name for name, _ in roles] == ["rank"] * 4 + ["final", "paper"] * 2
     header = record.header["member"]
     member = Member.from_header(header)
     for trial in record.trials.values():
         assert trial.status == "finished"
         settings = member.trial_settings(trial.params, trial.fixed)
-        setup = trainer.prepare(settings, torch.device("cpu"))
+        setup = prepare(settings, torch.device("cpu"))
         state, records = checkpoint.restore(setup, folder / f"trials/{trial.number:05d}")
         assert [record["epoch"] for record in records] == [r.epoch for r in trial.reports]
-        name, _ = confirm.role(trial)
+        name, _ = winners.role(trial)
         assert len(setup.train_index) == (200 if name != "rank" else 180)
         if name == "rank":
             assert trial.test is None

@@ -34,7 +34,8 @@ from sparsetune.settings import (
 )
 from sparsetune.training import checkpoint, data, trainer
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.trainer import Metrics, Setup, TrialState
+from sparsetune.training.setup import Setup, prepare
+from sparsetune.training.trainer import Metrics, TrialState
 
 torch.set_num_threads(1)
 
@@ -95,12 +96,12 @@ def settings(method: str = "set", number: int = 0, **changes: Any) -> TrialSetti
     return dataclasses.replace(trial, **changes)
 
 
-def prepare(trial: TrialSettings) -> Setup:
-    return trainer.prepare(trial, CPU, DATASET)
+def prepared(trial: TrialSettings) -> Setup:
+    return prepare(trial, CPU, DATASET)
 
 
 def slots(method: str, num: int = 5, **changes: Any) -> list[Setup]:
-    return [prepare(settings(method, number, **changes)) for number in range(num)]
+    return [prepared(settings(method, number, **changes)) for number in range(num)]
 
 
 def attached(backend: Any, setups: list[Setup], starts: list[Snapshot] | None = None) -> Any:
@@ -141,7 +142,7 @@ def difference(a: Snapshot, b: Snapshot, setup: Setup) -> float:
 
 @pytest.mark.parametrize(("method", "variant"), CASES, ids=NAMES)
 def test_a_trial_begins_as_the_trainers(method: str, variant: dict[str, str]) -> None:
-    setup = prepare(settings(method, 1, variant=variant, optimizer=OPTIMIZERS["adamw"]))
+    setup = prepared(settings(method, 1, variant=variant, optimizer=OPTIMIZERS["adamw"]))
     solo, csr = attached(Solo(1), [setup]), attached(Csr(1), [setup])
     assert same(solo.snapshot(0), csr.snapshot(0))
 
@@ -152,7 +153,7 @@ def test_one_update_gives_the_trainers_state(
     method: str, variant: dict[str, str], optimizer: str
 ) -> None:
     for number in range(3):
-        setup = prepare(settings(method, number, variant=variant, optimizer=OPTIMIZERS[optimizer]))
+        setup = prepared(settings(method, number, variant=variant, optimizer=OPTIMIZERS[optimizer]))
         state, _ = trainer.train_epoch(setup, trainer.begin(setup))
         if setup.method.decide is None:
             continue
@@ -222,7 +223,7 @@ def test_a_trial_moves_from_solo_to_csr_and_back() -> None:
 @pytest.mark.parametrize("dense_layers", [["first"], ["last"], ["fc2"], ["first", "last"]])
 def test_layers_left_dense(dense_layers: list[str]) -> None:
     setups = [
-        prepare(settings("set", number, dense_layers=dense_layers, density=0.95 - 0.05 * number))
+        prepared(settings("set", number, dense_layers=dense_layers, density=0.95 - 0.05 * number))
         for number in range(2)
     ]
     solo, csr = attached(Solo(2), setups), attached(Csr(2), setups)
@@ -249,7 +250,7 @@ def test_hardly_any_weights(method: str, density: float, widths: list[int]) -> N
         trial.density, 3.001 / (64 * widths[0] + widths[0] * widths[1] + widths[1] * 10)
     )
     trial.model.widths = widths
-    setup = prepare(trial)
+    setup = prepared(trial)
     solo, csr = attached(Solo(1), [setup]), attached(Csr(1), [setup])
     assert min(map(len, csr.snapshot(0)["index"].values())) == 1
     for _ in range(3):
@@ -261,7 +262,7 @@ def test_hardly_any_weights(method: str, density: float, widths: list[int]) -> N
 def test_groups_in_other_epochs_and_orders() -> None:
     """Slots with other splits, other orders of batches and other epochs, with augmentation."""
     changes = [{"seed": 0}, {"seed": 3}, {"seed": 0, "order_seed": None}, {"seed": 3}]
-    setups = [prepare(settings("set", k, **change)) for k, change in enumerate(changes)]
+    setups = [prepared(settings("set", k, **change)) for k, change in enumerate(changes)]
     for setup in setups:
         setup.settings.data.augment = "shift"
     solo, csr = Solo(4), Csr(4)
@@ -278,7 +279,7 @@ def test_groups_in_other_epochs_and_orders() -> None:
 
 
 def test_without_validation_and_with_one_short_batch() -> None:
-    setup = prepare(settings("set", data=DataSettings(limit=400, validation=0.0)))
+    setup = prepared(settings("set", data=DataSettings(limit=400, validation=0.0)))
     setup.settings.train.batch_size = 1000
     assert setup.steps_per_epoch == 1
     expected, got = attached(Solo(1), [setup]).advance(), attached(Csr(1), [setup]).advance()
@@ -290,7 +291,7 @@ def test_without_validation_and_with_one_short_batch() -> None:
 @pytest.mark.parametrize("method", ["set", "dsr", "rigl"])
 def test_layers_of_2000(method: str) -> None:
     changes: dict[str, Any] = {"model": ModelSettings(name="mlp", widths=[2000, 2000])}
-    setups = [prepare(settings(method, k, density=0.02 + 0.03 * k, **changes)) for k in range(2)]
+    setups = [prepared(settings(method, k, density=0.02 + 0.03 * k, **changes)) for k in range(2)]
     solo, csr = attached(Solo(2), setups), attached(Csr(2), setups)
     for _ in range(2):
         expected, got = solo.advance(), csr.advance()
@@ -322,7 +323,7 @@ def test_a_slot_does_not_depend_on_its_neighbours(
     alone.attach(0, setups[2], None)
     among.attach(0, setups[0], None)
     among.attach(2, setups[2], None)
-    among.attach(4, prepare(wild), None)
+    among.attach(4, prepared(wild), None)
     for epoch in range(4):
         if epoch == 1:
             among.attach(1, setups[1], None)  # two epochs at once from here
@@ -345,7 +346,7 @@ def test_updates_of_a_diverged_trial_keep_their_counts(
 ) -> None:
     trial = settings(method, 2, variant=variant, update=UpdateSettings(every=1))
     trial.optimizer.lr = 1e30
-    setup = prepare(trial)
+    setup = prepared(trial)
     csr = attached(Csr(1), [setup])
     for _ in range(2):
         assert csr.advance()[0]["diverged"] == 1.0
@@ -366,24 +367,24 @@ def test_seconds_of_the_slots_add_up() -> None:
 
 
 def test_a_snapshot_of_another_format_is_refused() -> None:
-    setup = prepare(settings())
+    setup = prepared(settings())
     snapshot = attached(Csr(1), [setup]).snapshot(0) | {"format": 99}
     with pytest.raises(ValueError, match="checkpoint format 99"):
         Csr(1).attach(0, setup, snapshot)
 
 
 def test_what_csr_cannot_train() -> None:
-    assert unfit(prepare(settings("set"))) == ""
-    assert unfit(prepare(settings("sm", variant={"growth": "gradient"}))) == ""
-    assert "every step" in unfit(prepare(settings("sm")))
-    assert "begins dense" in unfit(prepare(settings("dst")))
+    assert unfit(prepared(settings("set"))) == ""
+    assert unfit(prepared(settings("sm", variant={"growth": "gradient"}))) == ""
+    assert "every step" in unfit(prepared(settings("sm")))
+    assert "begins dense" in unfit(prepared(settings("dst")))
     half = settings("set", train=TrainSettings(precision="bfloat16"))
-    assert "bfloat16" in unfit(prepare(half))
+    assert "bfloat16" in unfit(prepared(half))
     big = DATASET._replace(
         train=data.Arrays(torch.zeros(400, 1, 28, 28, dtype=torch.uint8), DATASET.train.labels)
     )
     lenet = settings("set", model=ModelSettings(name="lenet5"))
-    assert "lenet5" in unfit(trainer.prepare(lenet, CPU, big))
+    assert "lenet5" in unfit(prepared(lenet, CPU, big))
 
 
 # Positions ----------------------------------------------------------------------------------------
@@ -426,7 +427,7 @@ def test_a_streamed_choice_with_ties_and_nan(chunk: int, monkeypatch: pytest.Mon
 
 def test_initial_positions_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "CHUNK", 50)
-    setup = prepare(settings("set", 1))
+    setup = prepared(settings("set", 1))
     trial = csr_trial.begin(setup)
     masks = random_masks(setup.sparse, setup.targets, setup.settings.seed)
     for name, mask in masks.items():
@@ -487,7 +488,7 @@ BIG = """
     )
     trial.optimizer.name = optimizer
     trial.optimizer.lr = 0.001
-    setup = trainer.prepare(trial, torch.device("cpu"), source)
+    setup = prepared(trial, torch.device("cpu"), source)
     assert setup.targets == {
         "fc1.weight": 15680, "fc2.weight": 400000, "fc3.weight": 200
     }, setup.targets

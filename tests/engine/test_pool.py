@@ -14,6 +14,7 @@ from sparsetune.engine.stacked.backend import has_compiler
 from sparsetune.methods import METHODS
 from sparsetune.settings import ModelSettings, OptimizerSettings, TrialSettings
 from sparsetune.training import trainer
+from sparsetune.training.setup import choose_device, prepare
 
 
 def settings(method: str, number: int = 0, epochs: int = 3) -> TrialSettings:
@@ -30,7 +31,7 @@ def settings(method: str, number: int = 0, epochs: int = 3) -> TrialSettings:
 
 
 def alone(trial: TrialSettings) -> list[trainer.Metrics]:
-    setup = trainer.prepare(trial, trainer.choose_device("cpu"))
+    setup = prepare(trial, choose_device("cpu"))
     state, records = trainer.begin(setup), []
     while state.epoch < trial.epochs:
         state, metrics = trainer.train_epoch(setup, state)
@@ -52,7 +53,7 @@ def test_solo_pool_is_the_trainer(method: str) -> None:
 def test_auto_takes_what_fits() -> None:
     def chosen(method: str, density: float, device: str = "cpu", **changes: Any) -> str:
         trial = dataclasses.replace(settings(method), density=density, **changes)
-        return choose("auto", trainer.prepare(trial, torch.device(device))).name
+        return choose("auto", prepare(trial, torch.device(device))).name
 
     assert [chosen("set", density) for density in (0.05, 0.25, 0.3, 0.9)] == ["csr"] * 2 + [
         "solo"

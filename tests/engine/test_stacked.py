@@ -33,7 +33,8 @@ from sparsetune.settings import (
 )
 from sparsetune.training import checkpoint, data, trainer
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.trainer import Metrics, Setup, TrialState
+from sparsetune.training.setup import Setup, prepare
+from sparsetune.training.trainer import Metrics, TrialState
 
 torch.set_num_threads(1)
 
@@ -133,7 +134,7 @@ def trial(method: str, number: int = 0, **changes: Any) -> TrialSettings:
 
 
 def begun(settings: TrialSettings) -> tuple[Setup, TrialState]:
-    setup = trainer.prepare(settings, CPU)
+    setup = prepare(settings, CPU)
     return setup, trainer.begin(setup)
 
 
@@ -150,7 +151,7 @@ def packed(
     backend: Backend, trials: list[TrialSettings], epochs: int
 ) -> list[list[tuple[TrialState, Metrics]]]:
     """[epoch][slot]: the state and metrics."""
-    setups = [trainer.prepare(settings, CPU) for settings in trials]
+    setups = [prepare(settings, CPU) for settings in trials]
     for slot, setup in enumerate(setups):
         backend.attach(slot, setup, None)
     rows = []
@@ -257,7 +258,7 @@ def test_one_update_from_one_state_gives_the_same_masks(way: str, method: str) -
     """A state whose last step before an update is the epoch's first: nothing can drift apart."""
     settings = trial(method, 1, update=UpdateSettings(every=10, stop=1.0, doublings=[]))
     [*_, (state, _)] = alone(settings, 1)
-    setup = trainer.prepare(settings, CPU)
+    setup = prepare(settings, CPU)
     backend = WAYS[way](4)
     backend.attach(2, setup, checkpoint.encode(state))
     backend.advance()
@@ -283,7 +284,7 @@ def test_a_slot_is_the_same_whatever_its_neighbours(
 ) -> None:
     """Alone in slot 0; in slot 3 beside others that join late, leave, and turn NaN."""
     model = ModelSettings(name=network, widths=[24, 16])
-    setups = [trainer.prepare(trial(method, n, model=model), CPU) for n in range(4)]
+    setups = [prepare(trial(method, n, model=model), CPU) for n in range(4)]
     setups[2].settings.optimizer.lr = 1e30
     by_itself, beside = make(6), make(6)
     by_itself.attach(0, setups[0], None)
@@ -307,7 +308,7 @@ def test_a_slot_is_the_same_whatever_its_neighbours(
 def test_a_trial_moves_between_solo_and_slots(make: Callable[[int], Backend], method: str) -> None:
     settings = trial(method, 1)
     states = [state for state, _ in alone(settings, 3)]
-    setup = trainer.prepare(settings, CPU)
+    setup = prepare(settings, CPU)
     backend = make(2)
     backend.attach(1, setup, checkpoint.encode(states[0]))
     assert_same(backend.snapshot(1), checkpoint.encode(states[0]))
@@ -347,7 +348,7 @@ def test_slots_of_several_epochs_and_orders_are_augmented_alike(
 ) -> None:
     """Slots 0 and 1 share an order, two epochs apart; slot 2 has another, and another split."""
     trials = [trial("set", n, data=DataSettings(limit=300, augment=augment)) for n in (0, 1, 4)]
-    setups = [trainer.prepare(settings, CPU) for settings in trials]
+    setups = [prepare(settings, CPU) for settings in trials]
     backend = make(3)
     backend.attach(0, setups[0], None)
     backend.advance()
@@ -372,7 +373,7 @@ def test_the_collapse_guard_opens_one_slot_alone(make: Callable[[int], Backend])
         mine = rows[0][slot][0]
         assert distance(mine, state) < 1e-4 and differing(mine, state) <= 0.005
     setup, state = begun(trials[1])
-    unguarded = trainer.prepare(trials[1], CPU)._replace(
+    unguarded = prepare(trials[1], CPU)._replace(
         variant=type(setup.variant)(**{**vars(setup.variant), "guard": "off"})
     )
     assert not any(mask.any() for mask in trainer.train_epoch(unguarded, state)[0].masks.values())
@@ -382,7 +383,7 @@ def test_the_collapse_guard_opens_one_slot_alone(make: Callable[[int], Backend])
 def test_seconds_of_the_slots_add_up(way: str) -> None:
     backend = WAYS[way](3)
     for slot in range(3):
-        backend.attach(slot, trainer.prepare(trial("set", slot), CPU), None)
+        backend.attach(slot, prepare(trial("set", slot), CPU), None)
     began = time.perf_counter()
     metrics = backend.advance()
     seconds = time.perf_counter() - began
@@ -397,9 +398,9 @@ def test_networks_with_dropout() -> None:
     backend = Stacked(3)
     for slot, row in enumerate(packed(backend, trials, 1)[0]):
         assert_same(checkpoint.encode(row[0]), checkpoint.encode(alone(trials[slot], 1)[0][0]))
-    setup = trainer.prepare(trials[0], CPU)
+    setup = prepare(trials[0], CPU)
     assert unfit(setup) == "" and step.draws(setup)
-    assert not step.draws(trainer.prepare(trial("set"), CPU))
+    assert not step.draws(prepare(trial("set"), CPU))
 
 
 def test_graphs_come_in_few_sizes() -> None:
@@ -450,13 +451,13 @@ def test_gradients_without_constant_columns_are_autograds(widths: list[int], num
 
 def test_where_columns_are_left_out() -> None:
     """The digits' borders are constant, in most batches; not when augmentation moves them."""
-    digits = trainer.prepare(trial("set"), CPU)
+    digits = prepare(trial("set"), CPU)
     assert linear.width(digits) in (0, 48)
-    shifted = trainer.prepare(trial("set", data=DataSettings(augment="shift")), CPU)
+    shifted = prepare(trial("set", data=DataSettings(augment="shift")), CPU)
     assert linear.width(shifted) == 0
     lenet5 = trial("set", data=DataSettings(name=f"{MODULE}:large_digits"))
     lenet5.model = ModelSettings(name="lenet5")
-    assert linear.width(trainer.prepare(lenet5, CPU)) == 0
+    assert linear.width(prepare(lenet5, CPU)) == 0
 
 
 # On a GPU -----------------------------------------------------------------------------------------
@@ -470,7 +471,7 @@ def test_a_gpus_slots_are_what_the_trainer_makes_of_them(method: str, network: s
     model = ModelSettings(name=network, widths=[24, 16])
     trials = [trial(method, number, model=model) for number in range(3)]
     backend = Stacked(3)
-    setups = [trainer.prepare(settings, device) for settings in trials]
+    setups = [prepare(settings, device) for settings in trials]
     for slot, setup in enumerate(setups):
         assert unfit(setup) == ""
         backend.attach(slot, setup, None)

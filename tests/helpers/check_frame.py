@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sparsetune.comparison import confirm
+from sparsetune.comparison import winners
 from sparsetune.store import journal
 
 
@@ -19,7 +19,7 @@ def check_equal(frame: pd.DataFrame, folder: Path, kind: str = "search") -> None
     expected = [(t, r) for t in record.trials.values() for r in t.reports]
     assert len(rows) == len(expected) > 0
     for (_, row), (trial, report) in zip(rows.iterrows(), expected, strict=True):
-        number = trial.number if kind == "search" else confirm.role(trial)[1]
+        number = trial.number if kind == "search" else winners.role(trial)[1]
         assert (row["trial"], row["status"], row["epoch"]) == (number, trial.status, report.epoch)
         for name, value in report.metrics.items():
             assert row[name] == value or (math.isnan(row[name]) and math.isnan(value)), name

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sparsetune.comparison import confirm
+from sparsetune.comparison import confirm, winners
 from sparsetune.search.study import MemberSearch
-from sparsetune.space import member
 from sparsetune.space.member import Member
+from sparsetune.space.resolve import resolve
 from sparsetune.store.journal import Journal, Trial
-from sparsetune.sweeps import run
+from sparsetune.sweeps.create import Extension, create, opened, search_member
 
 EPOCHS = 2
 WORDS = ["model.name=mlp", "model.widths=[32,16]", f"epochs={EPOCHS}", "wandb.mode=disabled"]
@@ -31,11 +31,11 @@ def accuracy(one: Member, trial: Trial, role: str) -> dict[str, float] | str:
 
 def told(folder: Path, spaces: Iterable[str], *words: str, tell: Tell = accuracy) -> Path:
     """The folder of a sweep that has ended."""
-    resolved = member.resolve(list(spaces), [*WORDS, f"storage={folder}", *words], "sweep")
-    path = run.create(resolved, "sweep")
-    with run.opened(resolved.storage, resolved.name) as members:
+    resolved = resolve(list(spaces), [*WORDS, f"storage={folder}", *words], "sweep")
+    path = create(resolved, "sweep")
+    with opened(resolved.storage, resolved.name) as members:
         for one in members:
-            search = MemberSearch(run.search_member(one, resolved.scheduling), 0)
+            search = MemberSearch(search_member(one, resolved.scheduling), 0)
             for _ in range(one.journal.record.asked):
                 _train(one.journal, search, search.suggest(), "search", one.member, tell)
     return path
@@ -44,18 +44,18 @@ def told(folder: Path, spaces: Iterable[str], *words: str, tell: Tell = accuracy
 def confirmed(path: Path, *words: str, tell: Tell = accuracy, name: str = "") -> Path:
     """The same sweep, confirmed (or one member)."""
     asked = confirm.parse(words)
-    with confirm.begun(path.parent, name or path.name, asked, run.Extension()) as all_:
+    with confirm.begun(path.parent, name or path.name, asked, Extension()) as all_:
         for one in all_:
             while one.header["candidates"] and confirm._extend(one):
-                searched = run.search_member(one.runs, confirm.NO_STOPPING)
+                searched = search_member(one.runs, confirm.NO_STOPPING)
                 searched.start_points = confirm._wanted(one)
                 search = MemberSearch(searched, 0)
                 while len(one.runs.journal.record.trials) < one.runs.journal.record.asked:
                     trial, writer = search.suggest(), one.runs.journal
-                    role = confirm.role(trial)[0]
+                    role = winners.role(trial)[0]
                     _train(writer, search, trial, role, one.search.member, tell)
             for trial in confirm._tested(one):
-                found = tell(one.search.member, trial, confirm.role(trial)[0])
+                found = tell(one.search.member, trial, winners.role(trial)[0])
                 if trial.test is None and isinstance(found, dict):
                     metrics = {"test/accuracy": found["test/accuracy"], "test/loss": 0.1}
                     event = {"type": "test", "number": trial.number, "metrics": metrics}

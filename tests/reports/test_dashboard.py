@@ -26,8 +26,7 @@ from sparsetune.reports import dashboard
 from sparsetune.reports.dashboard import Copy
 from sparsetune.search.study import MemberSearch
 from sparsetune.space.member import Scheduling
-from sparsetune.sweeps import run
-from sparsetune.sweeps.run import Extension
+from sparsetune.sweeps.create import Extension, opened, search_member
 
 WORDS = ["density=0.2", "name=a", "trials=4"]
 
@@ -42,9 +41,9 @@ def ended(one: Any, trial: Any, role: str) -> Any:
 def driven(path: Path, trials: int, **wanted: Any) -> Iterator[MemberSearch]:
     """The search of a sweep's one member as its driver holds it."""
     extension = Extension(trials=trials, **wanted)
-    with run.opened(path.parent, path.name, extension) as [one]:
+    with opened(path.parent, path.name, extension) as [one]:
         scheduling = Scheduling("none", 1, 2.0, "")
-        yield MemberSearch(run.search_member(one, scheduling), 0)
+        yield MemberSearch(search_member(one, scheduling), 0)
 
 
 def test_a_copy_follows_its_journal(tmp_path: Path) -> None:
@@ -109,8 +108,8 @@ def test_the_dashboard_shows_a_sweep_that_runs(tmp_path: Path) -> None:
         assert [t["state"] for t in found] == ["Complete", "Pruned", "Fail", "Fail"]
         with urllib.request.urlopen(address + "/dashboard", timeout=10) as page:
             assert b"<html" in page.read()
-        with run.opened(tmp_path, "a/dense", Extension(trials=5)) as [one]:
-            search = MemberSearch(run.search_member(one, Scheduling("none", 1, 2.0, "")), 0)
+        with opened(tmp_path, "a/dense", Extension(trials=5)) as [one]:
+            search = MemberSearch(search_member(one, Scheduling("none", 1, 2.0, "")), 0)
             search.suggest()
             search.report(4, 1, {"val/accuracy": 0.75}, "CONTINUE")
             one.journal.sync()

@@ -20,11 +20,11 @@ from helpers.wandb_server import WandbServer
 
 import sparsetune
 from sparsetune import cli
+from sparsetune.machine import versions
 from sparsetune.reports import export
 from sparsetune.settings import DataSettings
 from sparsetune.store import journal
 from sparsetune.store.paths import write_whole
-from sparsetune.sweeps.run import versions
 from sparsetune.training import data
 
 TOY = ["epochs=2", "data.limit=400", "model.widths=[32]", "train.batch_size=32"]

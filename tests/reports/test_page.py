@@ -17,11 +17,11 @@ from helpers.chromium import PROGRAM, chromium
 from helpers.toy_comparison import ALL, toy
 
 from sparsetune.cli import main
-from sparsetune.comparison.compare import write_csv
 from sparsetune.comparison.intervals import mean
 from sparsetune.comparison.values import Comparison
 from sparsetune.reports import page as report
 from sparsetune.reports import search_figures
+from sparsetune.reports.runs_csv import write_csv
 from sparsetune.reports.svg import Axis, Chart, Look, around
 from sparsetune.reports.tables import percent
 

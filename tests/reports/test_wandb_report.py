@@ -19,7 +19,6 @@ from click.testing import CliRunner, Result
 from helpers.told_sweep import confirmed, told
 from helpers.wandb_server import ServerRun, WandbServer
 
-import sparsetune
 from sparsetune.cli import main
 from sparsetune.comparison import confirm
 from sparsetune.comparison.values import (
@@ -32,10 +31,11 @@ from sparsetune.comparison.values import (
     Tuning,
 )
 from sparsetune.reports import wandb_report
-from sparsetune.space import member
+from sparsetune.space.resolve import resolve
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal
-from sparsetune.sweeps import run as sweep
+from sparsetune.sweeps.create import Extension, create, opened
+from sparsetune.sweeps.recording import Recording
 
 MEAN = Interval(0.9731, 0.971, 0.9752)
 RULES = [
@@ -104,7 +104,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ours = ["name=toy", "wandb.entity=ent", "wandb.project=ours"]
     theirs = ["name=other", "wandb.project=theirs"]  # of the default entity
     for spaces, own in ((["set", "rigl", "dense"], ours), (["dst"], theirs)):
-        sweep.create(member.resolve(spaces, [*words, *own], "sweep"), "sweep")
+        create(resolve(spaces, [*words, *own], "sweep"), "sweep")
     return folder
 
 
@@ -307,9 +307,9 @@ def test_its_filters_find_the_runs(server: WandbServer, tmp_path: Path) -> None:
     """A sweep and its confirmation, sent by the real client; then what each runset selects."""
     words = ["density=0.2,0.5", "trials=4", "name=toy", "wandb.project=ours"]
     path = confirmed(told(tmp_path, ["set"], *words), "seeds=2", "top=2")
-    online = sweep.Extension(places={"wandb.mode": "online"})
-    with sweep.opened(tmp_path, "toy", online) as members:
-        send(sweep.Recording(members, path))
+    online = Extension(places={"wandb.mode": "online"})
+    with opened(tmp_path, "toy", online) as members:
+        send(Recording(members, path))
     with confirm.begun(tmp_path, "toy", confirm.Asked(), online) as confirmations:
         send(confirm._Recording(confirmations))
     done = report(tmp_path, "--wandb", "ent/ours")
@@ -348,7 +348,7 @@ def value(run: ServerRun, accessor: str) -> Any:
     return found
 
 
-def send(recording: sweep.Recording) -> None:
+def send(recording: Recording) -> None:
     recording.send(last=True)
     assert recording.tracker.close() is None
     assert recording.tracker.problems == []
@@ -400,7 +400,7 @@ def test_what_goes_wrong_is_a_sentence(
     else:
         monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
         monkeypatch.delitem(sys.modules, "sparsetune.reports.wandb_report")
-        monkeypatch.delattr(sparsetune, "wandb_report")
+        monkeypatch.delattr(sys.modules["sparsetune.reports"], "wandb_report")
     done = report(storage, *names, "--wandb", target)
     assert done.exit_code == 2
     assert isinstance(done.exception, SystemExit)

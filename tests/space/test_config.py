@@ -13,7 +13,8 @@ import pytest
 from sparsetune.search.study import MemberSearch
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space import config, space
-from sparsetune.space.member import Member, Sweep, resolve
+from sparsetune.space.member import Member, Sweep
+from sparsetune.space.resolve import resolve
 from sparsetune.store.journal import Journal
 
 

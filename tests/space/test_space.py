@@ -17,9 +17,11 @@ from sparsetune.methods import METHODS
 from sparsetune.methods.contract import make_hyperparameters, make_variant
 from sparsetune.settings import DataSettings, TrialSettings
 from sparsetune.space import space
-from sparsetune.space.member import Member, resolve
+from sparsetune.space.member import Member
+from sparsetune.space.resolve import resolve
 from sparsetune.space.space import Dimension, Space, SpaceError
 from sparsetune.training import data, models, trainer
+from sparsetune.training.setup import layers_of, prepare, update_schedule
 
 CPU = torch.device("cpu")
 FOUR = ("set", "dsr", "sm", "dst")
@@ -109,8 +111,8 @@ def test_a_hundred_samples_fit_their_method(
     for params in samples(one.space, 100):
         settings = one.trial_settings(params, {})
         make_hyperparameters(method, settings.hp, make_variant(method, settings.variant))
-        trainer.update_schedule(method, settings)
-        trainer.layers_of(settings, method, models.weights(model))
+        update_schedule(method, settings)
+        layers_of(settings, method, models.weights(model))
         assert one.configure(params, {}, 0)["optimizer"]["lr"] == params["optimizer.lr"]
 
 
@@ -122,7 +124,7 @@ def test_no_layer_is_empty_and_no_guard_fires_at_step_0(
     for params in samples(one.space, 12):
         # A guard that is off cannot fire, and what it would have seen is in the masks.
         off = {"variant.guard": "off"} if one.space.method == "dst" else {}
-        state = trainer.begin(trainer.prepare(one.trial_settings(params, off), CPU, digits))
+        state = trainer.begin(prepare(one.trial_settings(params, off), CPU, digits))
         for mask in state.masks.values():
             assert mask.sum() >= 1
             if one.space.method == "dst":
@@ -138,7 +140,7 @@ def test_both_start_points_train(
     one = resolve([name], words, "train").members[0]
     (start,) = one.start_points
     assert start.name == point
-    setup = trainer.prepare(one.trial_settings(start.params, start.fixed), CPU, digits)
+    setup = prepare(one.trial_settings(start.params, start.fixed), CPU, digits)
     before = trainer.begin(setup)
     state, metrics = trainer.train_epoch(setup, before)
     assert math.isfinite(metrics["train/loss"])

@@ -44,9 +44,10 @@ from sparsetune.store.journal import (
     load,
     read,
 )
+from sparsetune.store.layout import member_folders, sweeps
 from sparsetune.store.paths import S3Path, StorageAway, insist, place, write_whole
 from sparsetune.sweeps import run as sweep
-from sparsetune.sweeps.status import member_folders, sweeps
+from sparsetune.sweeps.create import OpenMember, note_driver
 from sparsetune.training import checkpoint
 
 
@@ -482,8 +483,8 @@ def test_a_sweep_whose_cluster_cannot_be_used_has_not_been(
     words = ["sweep", "set", "static", "density=0.2", "name=x", f"storage={storage}", *TOY]
     done: list[Any] = []
 
-    def run(members: list[sweep.OpenMember]) -> int:
-        done.append(sweep.note_driver(members))
+    def run(members: list[OpenMember]) -> int:
+        done.append(note_driver(members))
         if len(done) == 3:
             members[0].journal.append(suggest(0))
         raise ClusterError("the cluster's nodes are not alike")

@@ -25,11 +25,11 @@ from optuna.trial import TrialState
 
 from sparsetune.cli import main
 from sparsetune.search.study import MemberSearch
-from sparsetune.space.member import resolve
+from sparsetune.space.resolve import resolve
 from sparsetune.store import journal
 from sparsetune.sweeps import run as sweep
 from sparsetune.sweeps import source_code
-from sparsetune.sweeps.run import OpenMember
+from sparsetune.sweeps.create import Extension, OpenMember, create, opened, search_member
 
 TOY = [
     "epochs=2",
@@ -62,7 +62,7 @@ def begun(monkeypatch: pytest.MonkeyPatch, *words: str) -> Path:
     """The folder of the sweep that `sparsetune sweep WORDS` makes, before its first trial."""
     monkeypatch.setattr("sys.argv", ["sparsetune", "sweep", *words])
     specs = [word for word in words if "=" not in word]
-    return sweep.create(resolve(specs, [w for w in words if "=" in w], "sweep"), "sweep")
+    return create(resolve(specs, [w for w in words if "=" in w], "sweep"), "sweep")
 
 
 def value(params: dict[str, Any], number: int) -> float:
@@ -72,10 +72,10 @@ def value(params: dict[str, Any], number: int) -> float:
 def ended(
     name: str,
     ends: Callable[[int], str] = lambda number: "finished",
-    wanted: sweep.Extension | None = None,
+    wanted: Extension | None = None,
 ) -> None:
     """Gives the open trials of a sweep reports and the end that `ends` says, in number order."""
-    with sweep.opened(Path("sweeps"), name, wanted) as members:
+    with opened(Path("sweeps"), name, wanted) as members:
         for one in members:
             search = search_of(one)
             record = one.journal.record
@@ -101,7 +101,7 @@ def metrics(trial: journal.Trial, epoch: int) -> dict[str, float]:
 
 def search_of(one: OpenMember) -> MemberSearch:
     scheduling = sweep.Sweep("", Path(), [one.member]).scheduling
-    return MemberSearch(sweep.search_member(one, scheduling), one.member.settings.seed)
+    return MemberSearch(search_member(one, scheduling), one.member.settings.seed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -309,7 +309,7 @@ def test_wider_ranges_go_into_the_journal_and_the_study(monkeypatch: pytest.Monk
     assert "0.6 -> 0.31" in refused("resume", "a", "search.zeta.high=0.31", "--allow-wider")
 
     before = journal.load(folder / "set@0.2")
-    with sweep.opened(Path("sweeps"), "a", sweep.Extension(trials=20)) as [one]:
+    with opened(Path("sweeps"), "a", Extension(trials=20)) as [one]:
         search = search_of(one)
         # Optuna's TPE leaves a key whose ranges differ out of what it searches jointly; here the
         # old trials count as trials of the wider space.
@@ -340,7 +340,7 @@ def test_a_sweep_with_failed_and_diverged_trials_is_extended(
     assert "trials: a/set@0.2 was asked for 4 already; give trials=4 or more" in refused(
         "resume", "a", "trials=3"
     )
-    ended("a", wanted=sweep.Extension(trials=7))
+    ended("a", wanted=Extension(trials=7))
     for name, old in before.items():
         record = journal.load(folder / name)
         assert (record.asked, list(record.trials)) == (7, list(range(7)))
@@ -355,7 +355,7 @@ def test_failed_trials_are_tried_again_where_they_were(monkeypatch: pytest.Monke
     ended("a", ends=lambda number: "failed" if number in (1, 3) else "finished")
     assert "sparsetune resume a --retry-failed" in run("resume", "a", status=1)
     before = journal.load(folder / "set@0.2")
-    with sweep.opened(Path("sweeps"), "a", sweep.Extension(retry_failed=True)) as [one]:
+    with opened(Path("sweeps"), "a", Extension(retry_failed=True)) as [one]:
         record = one.journal.record
         assert [t.number for t in record.trials.values() if t.status == "running"] == [1, 3]
         retried = record.trials[1]
@@ -372,7 +372,7 @@ def test_failed_trials_are_tried_again_where_they_were(monkeypatch: pytest.Monke
     assert kinds.count(("end", "failed")) == 3  # the history keeps each failure
     status = json.loads(run("status", "a", "--json"))
     assert status["trials"]["failed"] == 1 and status["trials"]["finished"] == 3
-    ended("a", wanted=sweep.Extension(retry_failed=True))
+    ended("a", wanted=Extension(retry_failed=True))
     assert journal.load(folder / "set@0.2").trials[3].failures == ["Boom", "Boom"]
     run("resume", "a", "--retry-failed")  # nothing has failed: nothing to do
 
@@ -438,7 +438,7 @@ def test_the_best_of_another_sweep_are_start_points(monkeypatch: pytest.MonkeyPa
         ]
         assert [space["start"][f"warm-{n}"] for n in range(1, 6)] == [t.params for t in best]
     shutil.rmtree("sweeps/old")  # not needed any more
-    with sweep.opened(Path("sweeps"), "new") as members:
+    with opened(Path("sweeps"), "new") as members:
         searches = [search_of(one) for one in members]
         assert [len(search.study.get_trials()) for search in searches] == [0, 0]
         origins = [searches[0].suggest().origin for _ in range(4)]

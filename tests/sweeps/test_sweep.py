@@ -25,11 +25,10 @@ from helpers.command import (
 )
 from helpers.wandb_files import read_runs
 
-from sparsetune.cluster import trial
 from sparsetune.settings import TrialSettings, from_dict
-from sparsetune.store import journal
-from sparsetune.sweeps.alone import setup_of
+from sparsetune.store import journal, layout
 from sparsetune.training import checkpoint
+from sparsetune.training.setup import setup_of
 
 LONGER = ["epochs=12", *TOY[1:]]
 KILLS = int(os.environ.get("SPARSETUNE_KILLS", "5"))  # each is a start of Ray, some 15 seconds
@@ -64,7 +63,7 @@ def test_seed_text_outside_the_space_counts_but_is_not_in_the_study(toy: Path) -
 def test_checkpoints_hold_the_trial_and_its_records(toy: Path) -> None:
     member = toy / "sweeps/toy/set@0.2"
     for one in journal.load(member).trials.values():
-        folder = trial.trial_folder(member, one.number)
+        folder = layout.trial_folder(member, one.number)
         assert checkpoint.saved_epochs(folder) == [3]
         saved = torch.load(folder / "e0003.pt", weights_only=True)
         assert [r["epoch"] for r in saved["records"]] == [1, 2, 3]
@@ -83,7 +82,7 @@ def test_a_restored_trial_gives_the_recorded_accuracy(toy: Path) -> None:
     one = record.trials[2]
     settings = from_dict(TrialSettings, member.configure(one.params, one.fixed, one.number))
     setup = setup_of(settings, "cpu")
-    state, _ = checkpoint.restore(setup, trial.trial_folder(toy / "sweeps/toy/sm@0.2", 2))
+    state, _ = checkpoint.restore(setup, layout.trial_folder(toy / "sweeps/toy/sm@0.2", 2))
     measured = trainer.measure(setup, state, state.masks)
     assert measured["val/accuracy"] == pytest.approx(one.reports[-1].metrics["val/accuracy"])
 

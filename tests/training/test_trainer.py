@@ -31,6 +31,7 @@ from sparsetune.settings import (
     UpdateSettings,
 )
 from sparsetune.training import data, models, optim, sources, trainer
+from sparsetune.training.setup import Setup, choose_device, prepare
 
 torch.set_num_threads(1)
 
@@ -93,8 +94,8 @@ def trial(method: str, **changes: Any) -> TrialSettings:
     return settings
 
 
-def begun(settings: TrialSettings) -> tuple[trainer.Setup, trainer.TrialState]:
-    setup = trainer.prepare(settings, CPU)
+def begun(settings: TrialSettings) -> tuple[Setup, trainer.TrialState]:
+    setup = prepare(settings, CPU)
     return setup, trainer.begin(setup)
 
 
@@ -207,7 +208,7 @@ def test_learning_rates(schedule: ScheduleSettings, expected: list[float]) -> No
 # Training against loops written out ---------------------------------------------------------------
 
 
-def batches(setup: trainer.Setup, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(setup: Setup, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images and labels of an epoch, by the documented order of batches."""
     train = setup.dataset.train
     order = data.epoch_order(len(setup.train_index), setup.settings.seed, epoch)
@@ -222,7 +223,7 @@ def rate(settings: TrialSettings, step: int, num_steps: int) -> float:
     return settings.optimizer.lr * (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
-def gradients(setup: trainer.Setup, params: Layers, images: Tensor, labels: Tensor) -> Layers:
+def gradients(setup: Setup, params: Layers, images: Tensor, labels: Tensor) -> Layers:
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     loss = F.cross_entropy(functional_call(setup.model, leaves, (images,)), labels)
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
@@ -682,7 +683,7 @@ def test_the_split_follows_the_seed_and_the_order_its_own() -> None:
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        trainer.prepare(trial("set", **changes), CPU)
+        prepare(trial("set", **changes), CPU)
 
 
 def test_a_trials_schedule_replaces_the_methods_key_by_key() -> None:
@@ -693,13 +694,13 @@ def test_a_trials_schedule_replaces_the_methods_key_by_key() -> None:
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    assert trainer.choose_device("cpu") == CPU
+    assert choose_device("cpu") == CPU
     with pytest.raises(ValueError, match=r"device: 'tpux'"):
-        trainer.choose_device("tpux")
+        choose_device("tpux")
     if not torch.cuda.is_available():
-        assert trainer.choose_device("auto") == CPU
+        assert choose_device("auto") == CPU
         with pytest.raises(ValueError, match=r"device: 'cuda'"):
-            trainer.choose_device("cuda")
+            choose_device("cuda")
 
 
 def test_initial_weights_and_masks_follow_the_seed_alone() -> None:
@@ -722,5 +723,5 @@ def test_a_schedule_without_any_update_is_refused() -> None:
     """RigL's own stop is 0.75; set may begin late, for its stop is 1."""
     late = trial("rigl", update=UpdateSettings(first=0.8))
     with pytest.raises(ValueError, match=r"update\.first: 0\.8 comes after update\.stop, 0\.75"):
-        trainer.prepare(late, CPU)
-    trainer.prepare(trial("set", update=UpdateSettings(first=0.8)), CPU)
+        prepare(late, CPU)
+    prepare(trial("set", update=UpdateSettings(first=0.8)), CPU)

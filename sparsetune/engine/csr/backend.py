@@ -19,7 +19,8 @@ from sparsetune.engine.csr.pack import Pack, nll
 from sparsetune.engine.csr.slot import Trial
 from sparsetune.training import models, trainer
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.trainer import Metrics, Setup
+from sparsetune.training.setup import Batches, Setup, batches, inputs, is_due
+from sparsetune.training.trainer import Metrics
 
 Batch = tuple[Tensor, Tensor]  # images [b, features] float32, labels [b]
 
@@ -89,7 +90,7 @@ class Csr:
             lrs = [trial.learning_rate() for trial in trials]
             for trial in trials:
                 trial.step += 1
-            due = [k for k, trial in enumerate(trials) if trainer.is_due(trial.setup, trial.step)]
+            due = [k for k, trial in enumerate(trials) if is_due(trial.setup, trial.step)]
             # An update reads the gradients, which the optimizer's step uses up.
             grads = {k: pack.gradients_of(k) for k in due}
             pack.optimize(lrs)
@@ -107,16 +108,16 @@ class Csr:
 
 def _training_batches(trial: Trial) -> Iterator[Batch]:
     """The batches of the trial's next epoch."""
-    epoch = trainer.batches(trial.setup, trial.epoch)
+    epoch = batches(trial.setup, trial.epoch)
     for places in epoch.places:
-        images, labels = trainer.inputs(trial.setup, epoch, places)
+        images, labels = inputs(trial.setup, epoch, places)
         yield images.flatten(1), labels
 
 
 def _validation_batches(setup: Setup, size: int) -> Iterator[Batch]:
-    held_out = trainer.Batches(setup.validation_index, None)
+    held_out = Batches(setup.validation_index, None)
     for places in held_out.places.split(size):
-        images, labels = trainer.inputs(setup, held_out, places)
+        images, labels = inputs(setup, held_out, places)
         yield images.flatten(1), labels
 
 

@@ -22,7 +22,7 @@ from sparsetune.methods.contract import Active, Growth, Layers, Shapes
 from sparsetune.methods.update import NEW_WEIGHT_DEVIATION
 from sparsetune.training import checkpoint, models, optim, trainer
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.trainer import Setup
+from sparsetune.training.setup import Setup, batches_key
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Trial:
     @property
     def group(self) -> tuple[int | None, int, int]:
         """Equal for trials that see the same batches in their next epoch."""
-        return trainer.batches_key(self.setup, self.epoch)
+        return batches_key(self.setup, self.epoch)
 
     @property
     def num_values(self) -> int:

@@ -16,7 +16,8 @@ from sparsetune.engine.stacked import step
 from sparsetune.engine.stacked.lifted import Lifted
 from sparsetune.engine.stacked.turns import Turns
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.trainer import Metrics, Setup
+from sparsetune.training.setup import Setup
+from sparsetune.training.trainer import Metrics
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsetune.methods.contract import Layers
 from sparsetune.training.models import MLP
-from sparsetune.training.trainer import Setup
+from sparsetune.training.setup import Setup
 
 MULTIPLE = 16  # columns are kept in such numbers, so that a row of them is whole cache lines
 WORTHWHILE = 0.85  # of the columns; with more of them to keep, picking costs what it saves

@@ -24,7 +24,8 @@ from sparsetune.methods.contract import Layers
 from sparsetune.methods.update import Keys, lifted_update, update_keys
 from sparsetune.training import checkpoint, data, optim, trainer
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.trainer import Metrics, Setup, TrialState
+from sparsetune.training.setup import Batches, Setup, batches, batches_key, is_due
+from sparsetune.training.trainer import Metrics, TrialState
 
 WARM_UP = 3  # calls before a graph is captured, as in PyTorch's manual
 
@@ -66,7 +67,7 @@ class Lifted:
         for _ in range(next(iter(self._held.values())).setup.steps_per_epoch):
             self._stack.advance()
             now = {slot: state._replace(step=state.step + 1) for slot, state in now.items()}
-            due = [s for s, held in self._held.items() if trainer.is_due(held.setup, now[s].step)]
+            due = [s for s, held in self._held.items() if is_due(held.setup, now[s].step)]
             if due:
                 self._update({slot: Held(self._held[slot].setup, now[slot]) for slot in due})
                 now |= {slot: now[slot]._replace(updates=now[slot].updates + 1) for slot in due}
@@ -257,12 +258,12 @@ class Stack:
 
     def begin_epoch(self, held: dict[int, Held]) -> None:
         """Fills the tables of batches and numbers."""
-        known: dict[Any, trainer.Batches] = {}
+        known: dict[Any, Batches] = {}
         offsets: list[data.Offsets | None] = [None for _ in self.range]
         for slot, (setup, state) in held.items():
-            key = trainer.batches_key(setup, state.epoch)
+            key = batches_key(setup, state.epoch)
             if key not in known:
-                known[key] = trainer.batches(setup, state.epoch)
+                known[key] = batches(setup, state.epoch)
             self._places[:, slot].copy_(known[key].places)
             offsets[slot] = known[key].offsets
             numbers = [

@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from sparsetune.engine.stacked import columns
 from sparsetune.methods.contract import Layers
 from sparsetune.training import models, optim
-from sparsetune.training.trainer import Setup, num_active
+from sparsetune.training.setup import Setup
+from sparsetune.training.trainer import num_active
 
 
 class Running(NamedTuple):

@@ -23,7 +23,8 @@ from sparsetune.methods import noise
 from sparsetune.methods.contract import Layers
 from sparsetune.training import checkpoint, optim, trainer
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.trainer import Metrics, Setup, TrialState
+from sparsetune.training.setup import Setup, batches, batches_key, inputs, is_due
+from sparsetune.training.trainer import Metrics, TrialState
 
 STEPS_PER_TURN = 16  # their batches fit a cache; fewer would fetch a slot's weights more often
 
@@ -104,7 +105,7 @@ class Run:
     def _can_compile(self, batch: Batch) -> bool:
         assert self._compiled is not None
         fits = batch.columns is not None or not self._compiled.columns
-        return fits and not trainer.is_due(self.setup, self.state.step + 1)
+        return fits and not is_due(self.setup, self.state.step + 1)
 
     def _step(self, batch: Batch) -> None:
         self._sums[1:] += self._active
@@ -161,7 +162,7 @@ class Turns:
         began = time.perf_counter()
         groups: dict[Hashable, dict[int, Run]] = {}
         for number, slot in self._slots.items():
-            key = trainer.batches_key(slot.setup, slot.state.epoch)
+            key = batches_key(slot.setup, slot.state.epoch)
             groups.setdefault(key, {})[number] = Run(slot, self._compiled)
         for runs in groups.values():
             self._train(list(runs.values()))
@@ -176,16 +177,16 @@ class Turns:
     def _train(self, runs: list[Run]) -> None:
         """One epoch of slots whose batches are equal."""
         setup = runs[0].setup
-        epoch = trainer.batches(setup, runs[0].state.epoch)
+        epoch = batches(setup, runs[0].state.epoch)
         num = self._compiled.columns if self._compiled else 0
         for places in epoch.places.split(STEPS_PER_TURN):
-            images, labels = trainer.inputs(setup, epoch, places)
-            batches = [
+            images, labels = inputs(setup, epoch, places)
+            turn = [
                 Batch(x, y, linear.columns(x.flatten(1), num) if num else None)
                 for x, y in zip(images, labels, strict=True)
             ]
             for run in runs:
-                run.turn(batches)
+                run.turn(turn)
 
     def snapshot(self, slot: int) -> Snapshot:
         return checkpoint.encode(trainer.copied(self._slots[slot].state))

@@ -1,0 +1,166 @@
+"""What a confirmation's journal says: roles of runs, candidates, the winner. Reads only.
+
+The rule to know: the winner is computed from the rankings and stays what it is; seeds that are
+added later are added to it alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from pathlib import Path
+
+from sparsetune.comparison.values import SLACK
+from sparsetune.space.config import replaced
+from sparsetune.space.member import Member
+from sparsetune.store import journal
+from sparsetune.store.journal import Trial
+from sparsetune.store.layout import inside, resume_command
+
+DENSITY = "density/all"
+
+
+def folder_of(member: Path, multiplier: int = 1) -> Path:
+    return member / ("confirm" if multiplier == 1 else f"confirm-{multiplier}x")
+
+
+def confirmations(member: Path) -> dict[int, Path]:
+    """The folders that `folder_of` calls so and that have a journal, by their multiplier."""
+    found = {}
+    for path in inside(member):
+        named = re.fullmatch(r"confirm(?:-([2-9]|[1-9]\d+)x)?", path.name)
+        if named and journal.exists(path):
+            found[int(named[1] or 1)] = path
+    return dict(sorted(found.items()))
+
+
+def called(name: str, multiplier: int) -> str:
+    """What a confirmed member is called: mnist/set@0.05, or mnist/set@0.05 2x."""
+    return name if multiplier == 1 else f"{name} {multiplier}x"
+
+
+def command_for(sweep: Path, multiplier: int, member: str = "") -> str:
+    """What to type to confirm a sweep, or that member of it."""
+    words = resume_command(sweep, "confirm", member)
+    return words + (f" multiplier={multiplier}" if multiplier > 1 else "")
+
+
+def role(trial: Trial) -> tuple[str, int]:
+    """What a run is for (rank, final or paper), and the number of its trial in the search."""
+    name, _, number = trial.origin.removeprefix("start:").partition(" ")
+    return name, int(number)
+
+
+def serving(runs: journal.Member) -> str:
+    """The role of the runs that the winner is judged by."""
+    return "final" if runs.header["confirm"]["full"] else "rank"
+
+
+def seed_of(trial: Trial) -> int:
+    return int(trial.fixed["seed"])
+
+
+def accuracy_name(member: Member) -> tuple[str, int]:
+    """The objective that candidates are chosen by, and 1 where more of it is better, else -1."""
+    pairs = zip(member.objectives, member.directions, strict=True)
+    chosen = {name: direction for name, direction in pairs if name.startswith("val/")}
+    if not chosen:
+        raise ValueError(
+            f"objective: {member.name} was searched by {', '.join(member.objectives)}; a "
+            "comparison selects by validation, objective=val/accuracy"
+        )
+    name, direction = next(iter(chosen.items()))
+    return name, 1 if direction == "maximize" else -1
+
+
+def is_front(member: Member) -> bool:
+    """Was a front of accuracy and density searched, so that it may serve several densities?"""
+    return DENSITY in member.objectives and member.density is None
+
+
+def excess(member: Member, metrics: dict[str, float], target: float | None) -> float:
+    """How far bounds are passed, relatively; 0 where all are kept, infinite for a NaN."""
+    bounds = dict(member.settings.constraint)
+    if is_front(member) and target is not None:
+        bounds[DENSITY] = target
+    over = [0.0]
+    for name, bound in bounds.items():
+        value = metrics.get(name, math.nan)
+        over.append((value - bound) / abs(bound) if bound else value)
+    return math.inf if any(map(math.isnan, over)) else max(over)
+
+
+def candidates(
+    member: Member, record: journal.Member, top: int, target: float | None
+) -> list[Trial]:
+    """The best trials of a search that a method may be judged by, the best first.
+
+    Trained to the end, within the bounds, or, if there is none, within SLACK of them. A start point
+    that changes what the methods share (schedule, initial distribution, a learning rate outside of
+    the range) is none: other methods had no such choice. ValueError without a validation objective.
+    """
+    name, sign = accuracy_name(member)
+    able = [
+        trial
+        for trial in record.trials.values()
+        if trial.status == "finished"
+        and all(key.startswith(("hp.", "variant.")) for key in _apart(member, trial))
+    ]
+    over = {t.number: excess(member, t.reports[-1].metrics, target) for t in able}
+    kept = [t for t in able if over[t.number] <= 0] or [t for t in able if over[t.number] <= SLACK]
+    return sorted(kept, key=lambda t: (-sign * t.reports[-1].metrics[name], t.number))[:top]
+
+
+def _apart(member: Member, trial: Trial) -> list[str]:
+    """Keys that the trial fixes to something else than its member has."""
+    base = member.trial_settings(trial.params, {})
+    return [key for key, value in trial.fixed.items() if replaced(base, {key: value}) != base]
+
+
+def winner(member: Member, runs: journal.Member, target: float | None) -> int | None:
+    """The number of the trial that does best over the ranking seeds; None before all have ended.
+
+    A trial that diverged on a seed comes after all that did not, and one that is above its density
+    in the mean after all that keep it.
+    """
+    asked = runs.header["confirm"]
+    numbers = asked["candidates"][str(target)]
+    if len(numbers) == 1 and asked["full"]:
+        return int(numbers[0])  # nobody to be ranked against
+    name, sign = accuracy_name(member)
+    scores = []
+    for number in numbers:
+        ranked = [
+            trial
+            for trial in runs.trials.values()
+            if role(trial) == ("rank", number) and seed_of(trial) in asked["seeds"]
+        ]
+        if len(ranked) < len(asked["seeds"]) or any(t.status == "running" for t in ranked):
+            return None
+        last = [trial.reports[-1].metrics for trial in ranked if trial.status == "finished"]
+        gone = len(ranked) - len(last)
+        mean = statistics.fmean(sign * metrics[name] for metrics in last) if last else -math.inf
+        over = excess(member, _mean(last), target) if last else math.inf
+        scores.append((gone, over > SLACK, -mean, number))
+    return int(min(scores)[-1])
+
+
+def group_of(member: Member, runs: journal.Member, name: str, number: int) -> str:
+    """The W&B group of runs of this role: what they serve, such as mnist/set@0.05.
+
+    A setting that a front chooses at several densities serves them all: mnist/dst@0.02,0.05.
+    """
+    asked = runs.header["confirm"]
+    whole = called(member.name, asked["multiplier"])
+    if name == "paper":
+        return f"{whole} paper"
+    if not is_front(member) or name != serving(runs):
+        return whole
+    targets = map(float, asked["candidates"])
+    served = [f"{each:g}" for each in targets if winner(member, runs, each) == number]
+    return f"{whole}@{','.join(served)}" if served else whole
+
+
+def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.fmean(each[key] for each in metrics) for key in metrics[0]}

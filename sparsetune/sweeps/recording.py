@@ -1,0 +1,108 @@
+"""From the journals to W&B: what it lacks at the start of a driver, then what comes.
+
+The rule to know: the journals alone are read, so after any interruption the same code back-fills.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from sparsetune.space.member import Member
+from sparsetune.store.journal import Trial
+from sparsetune.store.paths import S3Path
+from sparsetune.sweeps.create import OpenMember
+from sparsetune.sweeps.tracking import Tracker
+
+
+class Recording:
+    """Sends the journals' events to W&B: what it lacks at the start, then what comes.
+
+    It reads the journals and nothing else, so after any interruption the same code back-fills.
+    """
+
+    def __init__(self, members: list[OpenMember], folder: Path) -> None:
+        header = members[0].journal.record.header
+        self.tracker = Tracker(members[0].member.settings.wandb, header["sweep_id"], folder)
+        self._members = members
+        self._sent: dict[str, dict[int, int]] = {one.member.name: {} for one in members}
+        self._first_open = {one.member.name: 0 for one in members}
+
+    def send(self, last: bool = False) -> None:
+        """As much as W&B can take for now, and the `last` time all."""
+        if self.tracker.mode == "disabled":
+            return
+        for one in self._members:
+            record, sent = one.journal.record, self._sent[one.member.name]
+            start = self._first_open[one.member.name]
+            for number in range(start, len(record.trials)):
+                if self.tracker.behind and not last:
+                    return
+                self._send_trial(one, number, sent)
+                # Ended and sent trials at the front need not be looked at again.
+                if number == self._first_open[one.member.name] and sent.get(number) == -1:
+                    self._first_open[one.member.name] += 1
+
+    def _send_trial(self, one: OpenMember, number: int, sent: dict[int, int]) -> None:
+        trial, name = one.journal.record.trials[number], one.member.name
+        if sent.get(number) == -1:
+            return
+        about = self.about(one, trial)
+        if about is None:
+            return
+        if number not in sent:
+            recorded = self.tracker.recorded(name, number, len(trial.failures))
+            if trial.status != "running" and recorded == trial.status:
+                sent[number] = -1
+                return
+            group, job_type = about
+            self.tracker.start(
+                name,
+                number,
+                name=one.member.run_name(trial.params | trial.fixed, number),
+                group=group,
+                job_type=job_type,
+                config=one.member.configure(trial.params, trial.fixed, number)
+                | {"member": name, "trial": number},
+            )
+            sent[number] = 0
+        for epoch, metrics, _ in trial.reports[sent[number] :]:
+            self.tracker.log(name, number, epoch, metrics)
+            sent[number] = epoch
+        if trial.status != "running" and self.complete(one, trial):
+            found = summary(one.member, trial)
+            self.tracker.finish(name, number, trial.status, found, len(trial.failures))
+            sent[number] = -1
+
+    def about(self, one: OpenMember, trial: Trial) -> tuple[str, str] | None:
+        """(group, job type) of the trial's run; None where that is not known yet."""
+        return one.member.name.partition("/")[0], one.member.settings.method
+
+    def complete(self, one: OpenMember, trial: Trial) -> bool:
+        """Has a trial that has ended all that its run is to hold?"""
+        return True
+
+
+def summary(member: Member, trial: Trial) -> dict[str, float]:
+    """The best value that each objective had in any epoch of the trial, and what it does on the
+    test images where they were read, for reading in W&B."""
+    found = dict(trial.test or {})
+    for name, direction in zip(member.objectives, member.directions, strict=True):
+        values = [r.metrics[name] for r in trial.reports if math.isfinite(r.metrics[name])]
+        if values:
+            found[f"best/{name}"] = max(values) if direction == "maximize" else min(values)
+    return found
+
+
+def wandb_folder(one: OpenMember) -> Path:
+    """Where W&B's own files go: beside the journals, or, as W&B writes local files alone, below the
+    working directory. Whoever resumes elsewhere has all epochs back-filled from the journals; so of
+    several such folders upload the last one, which is complete, or rows stand twice."""
+    if not isinstance(one.folder, S3Path):
+        return one.folder.parent
+    name = f"{one.folder.parent.name}-{one.journal.record.header['sweep_id'][:8]}"
+    folder = Path("wandb", name).absolute()
+    if one.member.settings.wandb.mode != "disabled":
+        print(f"W&B's files go to {folder}.", file=sys.stderr)
+    return folder
