@@ -35,7 +35,7 @@ from helpers import local_cluster, processes  # noqa: E402
 from helpers.wandb_files import read_runs  # noqa: E402
 
 from sparsetune.search.scheduler import Asha, Rungs  # noqa: E402
-from sparsetune.search.study import MemberSearch  # noqa: E402
+from sparsetune.search.study import MemberStudy  # noqa: E402
 from sparsetune.space.member import Member, Sweep  # noqa: E402
 from sparsetune.store import journal  # noqa: E402
 from sparsetune.store.layout import trial_folder  # noqa: E402
@@ -216,7 +216,7 @@ class Chaos:
             opened = journal.Journal.open(copy)
             member = Member.from_header(opened.record.header["member"])
             scheduling = Sweep("", Path(), [member]).scheduling
-            search = MemberSearch(member.search_member(opened), member.settings.seed)
+            search = MemberStudy(member.search_member(opened), member.settings.seed)
             if scheduling.name != "asha":
                 return []
             asha = Asha(scheduling.grace, scheduling.reduction)

@@ -66,7 +66,7 @@ def seconds_per_epoch(connections: list[Connection], settings: TrialSettings) ->
     return sum(connection.recv() for connection in connections) / len(connections)
 
 
-def best(member: Member, record: journal.Member) -> TrialSettings:
+def best(member: Member, record: journal.Record) -> TrialSettings:
     done = [trial for trial in record.trials.values() if trial.status == "finished"]
     chosen = max(done, key=lambda trial: trial.reports[-1].metrics.get("val/accuracy", 0.0))
     return member.trial_settings(chosen.params, chosen.fixed)

@@ -117,8 +117,8 @@ class _Source(NamedTuple):
 
     folder: Path
     member: Member
-    record: journal.Member  # of the search
-    runs: journal.Member | None  # of the confirmation
+    record: journal.Record  # of the search
+    runs: journal.Record | None  # of the confirmation
     target: float | None
     multiplier: int
 
@@ -250,7 +250,7 @@ def _over(member: Member, line: Line | None, target: float | None) -> float:
 
 
 def _line(
-    member: Member, record: journal.Member, runs: journal.Member, name: str, number: int
+    member: Member, record: journal.Record, runs: journal.Record, name: str, number: int
 ) -> Line | None:
     """The runs of a setting under this role, and beside them those that ranked it."""
 
@@ -306,7 +306,7 @@ def _curves(served: list[Trial], ranked: list[Trial]) -> dict[str, list[list[flo
     return curves
 
 
-def _tuning(member: Member, record: journal.Member, target: float | None, served: int) -> Tuning:
+def _tuning(member: Member, record: journal.Record, target: float | None, served: int) -> Tuning:
     """What the search spent, of which each has a share where it serves several densities; the
     trials are counted whole."""
     trials = record.trials.values()

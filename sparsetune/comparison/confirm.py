@@ -45,7 +45,7 @@ from sparsetune.store import journal
 from sparsetune.store.journal import Journal, Trial
 from sparsetune.store.layout import resume_command, trial_folder
 from sparsetune.store.paths import CheckpointLost, insist
-from sparsetune.sweeps.create import Extension, OpenMember, note_driver, opened, search_member
+from sparsetune.sweeps.create import Extension, Writable, note_driver, opened, search_member
 from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.recording import Recording, wandb_folder
 from sparsetune.sweeps.run import tune
@@ -97,8 +97,8 @@ def parse(words: Iterable[str]) -> Asked:
 class Confirmation:
     """A member's confirmation, which this process may write."""
 
-    search: OpenMember
-    runs: OpenMember
+    search: Writable
+    runs: Writable
     seeds: int
 
     @property
@@ -113,7 +113,7 @@ class Confirmation:
 # The plan: which runs, in which order -------------------------------------------------------------
 
 
-def _planned(one: OpenMember, asked: Asked) -> dict[str, Any]:
+def _planned(one: Writable, asked: Asked) -> dict[str, Any]:
     """What the member's confirmation is, or is to be. ValueError where it cannot be as is asked."""
     member, record = one.member, one.journal.record
     folder = folder_of(one.folder, asked.multiplier)
@@ -141,9 +141,7 @@ def _planned(one: OpenMember, asked: Asked) -> dict[str, Any]:
     }
 
 
-def _begin(
-    one: OpenMember, planned: dict[str, Any], asked: Asked, stack: ExitStack
-) -> Confirmation:
+def _begin(one: Writable, planned: dict[str, Any], asked: Asked, stack: ExitStack) -> Confirmation:
     """Opens the member's confirmation, or creates it."""
     folder = folder_of(one.folder, asked.multiplier)
     if journal.exists(folder):
@@ -159,12 +157,12 @@ def _begin(
     had |= set(writer.record.header["confirm"]["seeds"])
     return Confirmation(
         one,
-        OpenMember(_runs_member(one, asked.multiplier), writer),
+        Writable(_runs_member(one, asked.multiplier), writer),
         max(asked.seeds or 0, len(had)),
     )
 
 
-def _check_same(one: OpenMember, header: dict[str, Any], asked: Asked, folder: Path) -> None:
+def _check_same(one: Writable, header: dict[str, Any], asked: Asked, folder: Path) -> None:
     if header["trials"] != len(one.journal.record.trials):
         raise ValueError(
             f"confirm: {one.member.name} was confirmed after {header['trials']} trials and has "
@@ -195,7 +193,7 @@ def _moved(folder: Path) -> str:
     return f"move {folder} out of the sweep, and say so in your report"
 
 
-def _runs_member(one: OpenMember, multiplier: int) -> Member:
+def _runs_member(one: Writable, multiplier: int) -> Member:
     """The member as its runs see it: nothing is bounded or decided by their values.
 
     With a multiplier they are as many times longer. Schedules are shares of training and stretch
@@ -269,7 +267,7 @@ class _Recording(Recording):
         runs = [one.runs for one in confirmations]
         super().__init__(runs, wandb_folder(first.search))
 
-    def about(self, one: OpenMember, trial: Trial) -> tuple[str, str] | None:
+    def about(self, one: Writable, trial: Trial) -> tuple[str, str] | None:
         confirmation = self._confirmations[one.member.name]
         name, number = role(trial)
         result = name != "rank"
@@ -282,7 +280,7 @@ class _Recording(Recording):
         group = group_of(confirmation.search.member, record, name, number)
         return group, "confirm" if result else "rank"
 
-    def complete(self, one: OpenMember, trial: Trial) -> bool:
+    def complete(self, one: Writable, trial: Trial) -> bool:
         tested = trial.test is not None or trial.status != "finished"
         return tested or (self.about(one, trial) or ("", ""))[1] == "rank"
 
@@ -337,7 +335,7 @@ def begun(
         yield confirmations
 
 
-def _check(one: OpenMember) -> None:
+def _check(one: Writable) -> None:
     record, member = one.journal.record, one.member
     if record.header["command"] != "sweep":
         raise ValueError(f"confirm: '{member.name}' is no search; confirm a sweep")

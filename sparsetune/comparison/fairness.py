@@ -48,8 +48,8 @@ class Entry:
     cell: Cell
     folder: Path  # of the member
     member: Member
-    record: journal.Member  # of the search
-    runs: journal.Member | None  # of the confirmation
+    record: journal.Record  # of the search
+    runs: journal.Record | None  # of the confirmation
     scheduling: Scheduling
 
     @property
@@ -385,7 +385,7 @@ def _paired(confirmed: list[Entry]) -> str:
 
 
 def _reported(entries: list[Entry]) -> str:
-    def versions(record: journal.Member | None) -> dict[str, str]:
+    def versions(record: journal.Record | None) -> dict[str, str]:
         found = record.header.get("versions", {}) if record else {}
         return {name: found.get(name, "?") for name in ("sparsetune", "torch")}
 

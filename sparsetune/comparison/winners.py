@@ -52,7 +52,7 @@ def role(trial: Trial) -> tuple[str, int]:
     return name, int(number)
 
 
-def serving(runs: journal.Member) -> str:
+def serving(runs: journal.Record) -> str:
     """The role of the runs that the winner is judged by."""
     return "final" if runs.header["confirm"]["full"] else "rank"
 
@@ -92,7 +92,7 @@ def excess(member: Member, metrics: dict[str, float], target: float | None) -> f
 
 
 def candidates(
-    member: Member, record: journal.Member, top: int, target: float | None
+    member: Member, record: journal.Record, top: int, target: float | None
 ) -> list[Trial]:
     """The best trials of a search that a method may be judged by, the best first.
 
@@ -118,7 +118,7 @@ def _apart(member: Member, trial: Trial) -> list[str]:
     return [key for key, value in trial.fixed.items() if replaced(base, {key: value}) != base]
 
 
-def winner(member: Member, runs: journal.Member, target: float | None) -> int | None:
+def winner(member: Member, runs: journal.Record, target: float | None) -> int | None:
     """The number of the trial that does best over the ranking seeds; None before all have ended.
 
     A trial that diverged on a seed comes after all that did not, and one that is above its density
@@ -146,7 +146,7 @@ def winner(member: Member, runs: journal.Member, target: float | None) -> int | 
     return int(min(scores)[-1])
 
 
-def group_of(member: Member, runs: journal.Member, name: str, number: int) -> str:
+def group_of(member: Member, runs: journal.Record, name: str, number: int) -> str:
     """The W&B group of runs of this role: what they serve, such as mnist/set@0.05.
 
     A setting that a front chooses at several densities serves them all: mnist/dst@0.02,0.05.

@@ -55,7 +55,7 @@ def export(storage: Path, name: str, which: str, file: Path) -> tuple[Member, Ex
     return member, exported
 
 
-def _chosen(member: Member, record: journal.Member, which: str) -> Trial:
+def _chosen(member: Member, record: journal.Record, which: str) -> Trial:
     if which != "best":
         if not which.isdecimal() or int(which) not in record.trials:
             raise ValueError(
@@ -75,7 +75,7 @@ def _chosen(member: Member, record: journal.Member, which: str) -> Trial:
     return found[0]
 
 
-def _exported(member: Member, record: journal.Member, trial: Trial, folder: Path) -> Exported:
+def _exported(member: Member, record: journal.Record, trial: Trial, folder: Path) -> Exported:
     if not checkpoint.saved_epochs(folder):
         raise ValueError(
             f"trial: trial {trial.number} of {member.name}, which is {trial.status}, has no "

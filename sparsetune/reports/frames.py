@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, Any]
-Part = tuple[str, journal.Member, Member]  # kind, what its journal says, its settings
+Part = tuple[str, journal.Record, Member]  # kind, what its journal says, its settings
 WORDS = ("sweep", "member", "space", "method", "kind", "role", "status")
 COUNTS = ("trial", "seed", "epoch")
 FIRST = [*WORDS[:4], "density", "trial", *WORDS[4:], "seed", "epoch"]  # the order of columns
@@ -72,7 +72,7 @@ def _parts(folder: Path) -> Iterator[Part]:
         yield kind, record, Member.from_header(record.header["member"])
 
 
-def _rows(kind: str, record: journal.Member, member: Member, keys: list[str]) -> Iterator[Row]:
+def _rows(kind: str, record: journal.Record, member: Member, keys: list[str]) -> Iterator[Row]:
     settings = config.flatten(to_dict(member.settings))
     settings["epochs"] *= record.header.get("confirm", {}).get("multiplier", 1)
     for trial in record.trials.values():

@@ -34,7 +34,7 @@ class Search:
     """A member's search: its journal, and how it looks."""
 
     member: Member
-    record: journal.Member
+    record: journal.Record
     look: Look
 
     @property

@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from sparsetune.search.searcher import JournalSearcher
-from sparsetune.search.study import MemberSearch
+from sparsetune.search.study import MemberStudy
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class JournalScheduler(FIFOScheduler):
         return STOP if decision == STOP else answer
 
     def _verdict(
-        self, search: MemberSearch, config: dict[str, Any], metrics: dict[str, float], decision: str
+        self, search: MemberStudy, config: dict[str, Any], metrics: dict[str, float], decision: str
     ) -> str | None:
         """How a trial has ended with this report, or None."""
         if metrics.get("diverged") or not search.finite(metrics):
@@ -118,7 +118,7 @@ class JournalScheduler(FIFOScheduler):
             return "finished"
         return "stopped" if decision == STOP else None
 
-    def _end_what_is_over(self, search: MemberSearch) -> None:
+    def _end_what_is_over(self, search: MemberStudy) -> None:
         # A driver can be killed between the last report of a trial and its end.
         for trial in list(search.record.trials.values()):
             if trial.status == "running" and trial.reports:
@@ -143,7 +143,7 @@ class JournalScheduler(FIFOScheduler):
 class Rungs:
     """A member's ASHA, which knows trials by our numbers."""
 
-    def __init__(self, search: MemberSearch, epochs: int, asha: Asha) -> None:
+    def __init__(self, search: MemberStudy, epochs: int, asha: Asha) -> None:
         if len(search.member.objectives) != 1:
             raise ValueError(
                 f"{search.member.name}: ASHA compares trials by one objective; "

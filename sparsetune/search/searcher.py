@@ -14,9 +14,9 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.search import Searcher
 
-from sparsetune.search.study import MemberSearch, SearchMember, StartPoint
+from sparsetune.search.study import MemberStudy, SearchMember, StartPoint
 
-__all__ = ["JournalSearcher", "MemberSearch", "Reraise", "SearchMember", "StartPoint"]
+__all__ = ["JournalSearcher", "MemberStudy", "Reraise", "SearchMember", "StartPoint"]
 
 SYNC_SECONDS = 1.0  # how late reports may reach the disk
 # What Ray itself reads of a result, and we of a last result that Ray repeats.
@@ -43,7 +43,7 @@ class JournalSearcher(Searcher):
         Ray asks for a trial, also while it calls nothing else: to change the engines. `failures`:
         a trial that Ray gave up so often has failed."""
         super().__init__()
-        self.searches = {member.name: MemberSearch(member, seed) for member in members}
+        self.searches = {member.name: MemberStudy(member, seed) for member in members}
         self.error: BaseException | None = None
         self._concurrency = concurrency
         self._engines = engines
@@ -141,7 +141,7 @@ class JournalSearcher(Searcher):
         self._live[trial_id] = (search.member.name, trial.number, engine)
         return config
 
-    def _next(self, wanting: list[MemberSearch]) -> MemberSearch:
+    def _next(self, wanting: list[MemberStudy]) -> MemberStudy:
         """Whose trial comes next: one group of members after another, so that the slots hold trials
         that can share a pool, and within a group whoever has the fewest; the journals know where
         that stands. A sampler that hears of no trial before a quarter of them have begun is blind,

@@ -22,7 +22,7 @@ import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.trial import TrialState
 
-from sparsetune.store.journal import Journal, Member, Trial
+from sparsetune.store.journal import Journal, Record, Trial
 
 STATES = {
     "running": TrialState.RUNNING,
@@ -77,11 +77,11 @@ class SearchMember:
     samples: bool = True  # False: there are no trials but the start points
 
     @property
-    def record(self) -> Member:
+    def record(self) -> Record:
         return self.journal.record
 
 
-class MemberSearch:
+class MemberStudy:
     """A member's study. Its methods are the only ones that write trials into its journal."""
 
     def __init__(self, member: SearchMember, seed: int) -> None:
@@ -103,7 +103,7 @@ class MemberSearch:
                 self.study.add_trial(frozen(self.member, trial))
 
     @property
-    def record(self) -> Member:
+    def record(self) -> Record:
         return self.member.record
 
     @property

@@ -57,7 +57,7 @@ class Member:
         return self.space.suggest(trial)
 
     def make_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
-        """A fresh sampler. None gets a constraints_func: `MemberSearch` sets constraints itself."""
+        """A fresh sampler. None gets a constraints_func: `MemberStudy` sets constraints itself."""
         name, startup = self.settings.sampler.name, self.settings.sampler.startup
         if name == "random":
             return optuna.samplers.RandomSampler(seed)

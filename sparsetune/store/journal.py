@@ -57,7 +57,7 @@ __all__ = [
     "Holder",
     "Journal",
     "JournalError",
-    "Member",
+    "Record",
     "Report",
     "SweepHeld",
     "SweepLock",
@@ -100,7 +100,7 @@ class Trial:
 
 
 @dataclass
-class Member:
+class Record:
     """What the events of one journal add up to."""
 
     header: Event
@@ -111,29 +111,29 @@ class Member:
     widened: bool = False  # trials may have been suggested from narrower ranges
 
 
-def replay(events: Iterable[Event], source: Path | str = FILE) -> Member:
+def replay(events: Iterable[Event], source: Path | str = FILE) -> Record:
     """The state after `events`; `source` is the file named in an error."""
     return _replay((event, f"{source}:{event.get('seq', 0) + 1}") for event in events)
 
 
-def _replay(lines: Iterable[tuple[Event, str]], source: Path | str = "journal") -> Member:
+def _replay(lines: Iterable[tuple[Event, str]], source: Path | str = "journal") -> Record:
     """The state after events that come with their file and line."""
-    member: Member | None = None
+    record: Record | None = None
     for event, where in lines:
         try:
-            if member is None:
-                member = _begin(event)
+            if record is None:
+                record = _begin(event)
             else:
-                _check(member, event)
-                _apply(member, event)
+                _check(record, event)
+                _apply(record, event)
         except (JournalError, KeyError) as error:
             reason = f"the event lacks {error}" if isinstance(error, KeyError) else str(error)
             raise JournalError(f"{where}: {reason}") from error
-    if member is None:
+    if record is None:
         raise JournalError(
             f"{source}: no complete event, so this search never began; delete its folder"
         )
-    return member
+    return record
 
 
 def read(folder: Path | str) -> list[Event]:
@@ -141,7 +141,7 @@ def read(folder: Path | str) -> list[Event]:
     return [event for event, _ in _parse(parts(_place(folder)))[0]]
 
 
-def load(folder: Path | str) -> Member:
+def load(folder: Path | str) -> Record:
     """The state of the journal in `folder`, for readers."""
     folder = _place(folder)
     return _replay(_parse(parts(folder))[0], home(folder))
@@ -158,7 +158,7 @@ class Journal:
     of each OSError and decides whether to try again (`files.insist`).
     """
 
-    def __init__(self, path: Path, lines: LineFile | Segments, record: Member, seq: int) -> None:
+    def __init__(self, path: Path, lines: LineFile | Segments, record: Record, seq: int) -> None:
         """Not for callers: see `create` and `open`."""
         self.path, self.record = path, record
         self.guard: Callable[[], None] = lambda: None
@@ -260,23 +260,23 @@ class Journal:
             raise
 
 
-def _begin(event: Event) -> Member:
+def _begin(event: Event) -> Record:
     if event.get("type") != "sweep":
         raise JournalError(f"the first event is '{event.get('type')}'; it must be 'sweep'")
     if event.get("format") != FORMAT:
         raise JournalError(
             f"journal format {event.get('format')!r}; this version of sparsetune reads {FORMAT}"
         )
-    return Member(header=event, asked=event["trials"])
+    return Record(header=event, asked=event["trials"])
 
 
-def _check(member: Member, event: Event) -> None:
+def _check(record: Record, event: Event) -> None:
     kind = event.get("type")
     if kind == "suggest":
-        if event["number"] != len(member.trials):
-            raise JournalError(f"trial {event['number']} suggested after {len(member.trials)}")
+        if event["number"] != len(record.trials):
+            raise JournalError(f"trial {event['number']} suggested after {len(record.trials)}")
     elif kind in ("report", "end"):
-        trial = member.trials.get(event["number"])
+        trial = record.trials.get(event["number"])
         if trial is None:
             raise JournalError(f"'{kind}' of trial {event['number']}, which was never suggested")
         if trial.status != "running":
@@ -288,24 +288,24 @@ def _check(member: Member, event: Event) -> None:
         if kind == "end" and event["status"] not in ENDED:
             raise JournalError(f"status '{event['status']}' is none of {', '.join(ENDED)}")
     elif kind == "retry":
-        trial = member.trials.get(event["number"])
+        trial = record.trials.get(event["number"])
         if trial is None or trial.status != "failed":
             raise JournalError(f"'retry' of trial {event['number']}, which has not failed")
     elif kind == "test":
-        trial = member.trials.get(event["number"])
+        trial = record.trials.get(event["number"])
         if trial is None or trial.status != "finished" or trial.test is not None:
             raise JournalError(f"'test' of trial {event['number']}, which is not due for one")
     elif kind == "extend":
-        if event["trials"] < member.asked:
-            raise JournalError(f"extended from {member.asked} to {event['trials']} trials")
+        if event["trials"] < record.asked:
+            raise JournalError(f"extended from {record.asked} to {event['trials']} trials")
     elif kind != "driver":
         raise JournalError(f"unknown event '{kind}'")
 
 
-def _apply(member: Member, event: Event) -> None:
+def _apply(record: Record, event: Event) -> None:
     kind = event["type"]
     if kind == "suggest":
-        member.trials[event["number"]] = Trial(
+        record.trials[event["number"]] = Trial(
             number=event["number"],
             params=event["params"],
             distributions=event["distributions"],
@@ -317,25 +317,25 @@ def _apply(member: Member, event: Event) -> None:
         )
     elif kind == "report":
         report = Report(event["epoch"], event["metrics"], event["decision"])
-        member.trials[event["number"]].reports.append(report)
-        member.order.append((event["number"], event["epoch"]))
+        record.trials[event["number"]].reports.append(report)
+        record.order.append((event["number"], event["epoch"]))
     elif kind == "end":
-        trial = member.trials[event["number"]]
+        trial = record.trials[event["number"]]
         trial.status, trial.ended = event["status"], event["time"]
         trial.attempts, trial.error = event.get("attempt", 1), event.get("error")
     elif kind == "retry":
-        trial = member.trials[event["number"]]
+        trial = record.trials[event["number"]]
         trial.failures.append(trial.error)
         trial.status, trial.attempts, trial.error, trial.ended = "running", 1, None, None
     elif kind == "test":
-        member.trials[event["number"]].test = event["metrics"]
+        record.trials[event["number"]].test = event["metrics"]
     elif kind == "extend":
-        member.asked = event["trials"]
+        record.asked = event["trials"]
         if "member" in event:
-            member.header = {**member.header, "member": event["member"]}
-            member.widened = True
+            record.header = {**record.header, "member": event["member"]}
+            record.widened = True
     elif kind == "driver":
-        member.generation = event["generation"]
+        record.generation = event["generation"]
 
 
 def _parse(found: list[Part]) -> tuple[list[tuple[Event, str]], list[int]]:

@@ -30,7 +30,7 @@ from sparsetune.sweeps import unchanged
 
 
 @dataclass
-class OpenMember:
+class Writable:
     """A member whose journal this process may write."""
 
     member: Member
@@ -98,7 +98,7 @@ def create(sweep: Sweep, command: str) -> Path:
     return folder
 
 
-def undo(members: list[OpenMember]) -> bool:
+def undo(members: list[Writable]) -> bool:
     """Takes a new sweep away again, unless a trial has begun; is it gone?"""
     if any(one.journal.record.trials for one in members):
         return False
@@ -132,7 +132,7 @@ class Extension:
 
 
 @contextmanager
-def opened(storage: Path, name: str, wanted: Extension | None = None) -> Iterator[list[OpenMember]]:
+def opened(storage: Path, name: str, wanted: Extension | None = None) -> Iterator[list[Writable]]:
     """The members of sweep `name`, or one member, ours to write until the end of the `with`.
 
     ValueError, before anything is written, where they cannot go on as is `wanted`.
@@ -151,14 +151,14 @@ def opened(storage: Path, name: str, wanted: Extension | None = None) -> Iterato
         yield [_placed(each, wanted.places) for each in journals]
 
 
-def _placed(writer: Journal, places: Mapping[str, Any]) -> OpenMember:
+def _placed(writer: Journal, places: Mapping[str, Any]) -> Writable:
     member = Member.from_header(writer.record.header["member"])
     settings = config.replaced(member.settings, places)
     check_machine(settings)
-    return OpenMember(dataclasses.replace(member, settings=settings), writer)
+    return Writable(dataclasses.replace(member, settings=settings), writer)
 
 
-def _extend(members: list[OpenMember], wanted: Extension) -> None:
+def _extend(members: list[Writable], wanted: Extension) -> None:
     """Writes what is wanted into the journals, once nothing of it can be refused."""
     spaces: list[Space | None] = [None] * len(members)
     prints = unchanged.fingerprints(one.member for one in members)
@@ -189,7 +189,7 @@ def _extend(members: list[OpenMember], wanted: Extension) -> None:
             one.journal.append({"type": "retry", "number": number})
 
 
-def search_member(one: OpenMember, scheduling: Scheduling) -> SearchMember:
+def search_member(one: Writable, scheduling: Scheduling) -> SearchMember:
     """The member as the searcher sees it; trials are told where they live."""
     settings = one.member.settings
 
@@ -206,7 +206,7 @@ def search_member(one: OpenMember, scheduling: Scheduling) -> SearchMember:
     return dataclasses.replace(one.member.search_member(one.journal), configure=configure)
 
 
-def note_driver(members: list[OpenMember]) -> None:
+def note_driver(members: list[Writable]) -> None:
     """Writes that this process drives the sweep now."""
     for one in members:
         one.journal.append(

@@ -23,7 +23,7 @@ SHARE = 0.02  # of the driver's time at most: a drawing looks at all trials, and
 class Progress:
     """Draws the state of the records while a sweep runs; a line now and then in a file."""
 
-    def __init__(self, records: Mapping[str, tuple[Member | None, journal.Member]]) -> None:
+    def __init__(self, records: Mapping[str, tuple[Member | None, journal.Record]]) -> None:
         """{name: (member, its record)}; without a member no trial of it is called the best."""
         self._records = records
         self._console = wide_console(stderr=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from sparsetune.space.member import Member
 from sparsetune.store.journal import Trial
 from sparsetune.store.paths import S3Path
-from sparsetune.sweeps.create import OpenMember
+from sparsetune.sweeps.create import Writable
 from sparsetune.sweeps.tracking import Tracker
 
 
@@ -22,7 +22,7 @@ class Recording:
     It reads the journals and nothing else, so after any interruption the same code back-fills.
     """
 
-    def __init__(self, members: list[OpenMember], folder: Path) -> None:
+    def __init__(self, members: list[Writable], folder: Path) -> None:
         header = members[0].journal.record.header
         self.tracker = Tracker(members[0].member.settings.wandb, header["sweep_id"], folder)
         self._members = members
@@ -44,7 +44,7 @@ class Recording:
                 if number == self._first_open[one.member.name] and sent.get(number) == -1:
                     self._first_open[one.member.name] += 1
 
-    def _send_trial(self, one: OpenMember, number: int, sent: dict[int, int]) -> None:
+    def _send_trial(self, one: Writable, number: int, sent: dict[int, int]) -> None:
         trial, name = one.journal.record.trials[number], one.member.name
         if sent.get(number) == -1:
             return
@@ -75,11 +75,11 @@ class Recording:
             self.tracker.finish(name, number, trial.status, found, len(trial.failures))
             sent[number] = -1
 
-    def about(self, one: OpenMember, trial: Trial) -> tuple[str, str] | None:
+    def about(self, one: Writable, trial: Trial) -> tuple[str, str] | None:
         """(group, job type) of the trial's run; None where that is not known yet."""
         return one.member.name.partition("/")[0], one.member.settings.method
 
-    def complete(self, one: OpenMember, trial: Trial) -> bool:
+    def complete(self, one: Writable, trial: Trial) -> bool:
         """Has a trial that has ended all that its run is to hold?"""
         return True
 
@@ -95,7 +95,7 @@ def summary(member: Member, trial: Trial) -> dict[str, float]:
     return found
 
 
-def wandb_folder(one: OpenMember) -> Path:
+def wandb_folder(one: Writable) -> Path:
     """Where W&B's own files go: beside the journals, or, as W&B writes local files alone, below the
     working directory. Whoever resumes elsewhere has all epochs back-filled from the journals; so of
     several such folders upload the last one, which is complete, or rows stand twice."""

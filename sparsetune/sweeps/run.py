@@ -27,7 +27,7 @@ from sparsetune.space.resolve import engine_choice
 from sparsetune.store.layout import resume_command
 from sparsetune.store.paths import S3Path
 from sparsetune.sweeps.alone import train_alone
-from sparsetune.sweeps.create import OpenMember, note_driver, search_member
+from sparsetune.sweeps.create import Writable, note_driver, search_member
 from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.recording import Recording, wandb_folder
 from sparsetune.sweeps.status import is_done, print_result
@@ -35,7 +35,7 @@ from sparsetune.training.data import Dataset
 from sparsetune.training.data import load as load_data
 
 
-def run(members: list[OpenMember]) -> int:
+def run(members: list[Writable]) -> int:
     """Trains what the journals lack. Exit status: 0 done, 1 trials failed, 130 interrupted.
 
     ClusterError where the Ray that was asked for cannot be used.
@@ -60,7 +60,7 @@ def run(members: list[OpenMember]) -> int:
 
 
 def tune(
-    members: list[OpenMember], searches: list[SearchMember], scheduling: Scheduling, watch: Watch
+    members: list[Writable], searches: list[SearchMember], scheduling: Scheduling, watch: Watch
 ) -> None:
     """Trains, under Ray, what the members' journals lack of `searches`."""
     choices = _choices(members, None)
@@ -75,7 +75,7 @@ def tune(
         tune_all(searches, settings, scheduling, slots, needed, sent, watch)
 
 
-def _choices(members: list[OpenMember], on_gpu: bool | None) -> list[Choice]:
+def _choices(members: list[Writable], on_gpu: bool | None) -> list[Choice]:
     """Which engine each member has."""
     datasets: dict[str, Dataset] = {}  # most sweeps have one, and reading it takes a while
     choices = []
@@ -87,7 +87,7 @@ def _choices(members: list[OpenMember], on_gpu: bool | None) -> list[Choice]:
     return choices
 
 
-def _slots(members: list[OpenMember], choices: list[Choice]) -> int:
+def _slots(members: list[Writable], choices: list[Choice]) -> int:
     """What an engine does well with; prints which engine each member has."""
     for choice in dict.fromkeys(choices):
         names = [o.member.name for o, c in zip(members, choices, strict=True) if c == choice]
@@ -96,7 +96,7 @@ def _slots(members: list[OpenMember], choices: list[Choice]) -> int:
 
 
 @contextmanager
-def _needs(members: list[OpenMember]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _needs(members: list[Writable]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """What a cluster's nodes must have, and what Ray sends them; of this machine nothing."""
     settings = [one.member.settings for one in members]
     if not settings[0].ray.cluster:
@@ -118,11 +118,11 @@ def _needs(members: list[OpenMember]) -> Iterator[tuple[dict[str, Any], dict[str
             token.unlink()
 
 
-def _all_done(members: list[OpenMember]) -> bool:
+def _all_done(members: list[Writable]) -> bool:
     return all(is_done(one.journal.record) for one in members)
 
 
-def _close(folder: Path, members: list[OpenMember], recording: Recording) -> int:
+def _close(folder: Path, members: list[Writable], recording: Recording) -> int:
     command = recording.tracker.close()
     for problem in recording.tracker.problems:
         print(problem, file=sys.stderr)

@@ -20,20 +20,20 @@ from sparsetune.terminal import settings_shown, shown, wide_console
 STATUSES = ("finished", "running", "stopped", "diverged", "failed")
 
 
-def is_done(record: journal.Member) -> bool:
+def is_done(record: journal.Record) -> bool:
     """Has every trial that was asked for ended?"""
     return len(record.trials) >= record.asked and all(
         trial.status != "running" for trial in record.trials.values()
     )
 
 
-def feasible(member: Member, record: journal.Member) -> list[Trial]:
+def feasible(member: Member, record: journal.Record) -> list[Trial]:
     """Finished trials that keep the constraint."""
     finished = (trial for trial in record.trials.values() if trial.status == "finished")
     return [t for t in finished if member.constraint(t.reports[-1].metrics) <= 0]
 
 
-def front(member: Member, record: journal.Member) -> list[Trial]:
+def front(member: Member, record: journal.Record) -> list[Trial]:
     """The best feasible trial, or for several objectives those that no other one beats in all."""
     signs = [1 if direction == "maximize" else -1 for direction in member.directions]
 

@@ -36,7 +36,7 @@ def warmed(sweep: Sweep) -> Sweep:
     return dataclasses.replace(sweep, members=members)
 
 
-def _warmed(member: Member, name: str, earlier: list[tuple[Member, journal.Member]]) -> Member:
+def _warmed(member: Member, name: str, earlier: list[tuple[Member, journal.Record]]) -> Member:
     same = [each for each in earlier if each[0].method is member.method]
     if not same:
         methods = ", ".join(dict.fromkeys(each.method.name for each, _ in earlier))
@@ -45,7 +45,7 @@ def _warmed(member: Member, name: str, earlier: list[tuple[Member, journal.Membe
             f"{member.method.name}; name a sweep or member of that method"
         )
 
-    def distance(each: tuple[Member, journal.Member]) -> tuple[bool, float]:
+    def distance(each: tuple[Member, journal.Record]) -> tuple[bool, float]:
         densities = each[0].density or 1.0, member.density or 1.0
         return each[0].space.name != member.space.name, abs(math.log(densities[0] / densities[1]))
 

@@ -19,7 +19,7 @@ from sparsetune.comparison.compare import compare
 from sparsetune.comparison.values import Cell, Comparison
 from sparsetune.reports import search_figures, tables
 from sparsetune.reports.runs_csv import save_csv, write_csv
-from sparsetune.search.study import MemberSearch
+from sparsetune.search.study import MemberStudy
 from sparsetune.space.member import Member, Sweep
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal, Trial
@@ -290,7 +290,7 @@ def told_more(path: Path) -> None:
     with opened(path.parent, path.name) as members:
         (one,) = members
         scheduling = Sweep("", Path(), [one.member]).scheduling
-        search = MemberSearch(search_member(one, scheduling), 0)
+        search = MemberStudy(search_member(one, scheduling), 0)
         while search.wants_more:
             trial = search.suggest()
             metrics = dict(one.journal.record.trials[0].reports[-1].metrics)

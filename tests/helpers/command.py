@@ -58,7 +58,7 @@ def wait_for_reports(folder: Path, process: subprocess.Popen[bytes], num: int) -
         time.sleep(0.02)
 
 
-def check_complete(member: Path, trials: int, epochs: int) -> journal.Member:
+def check_complete(member: Path, trials: int, epochs: int) -> journal.Record:
     """The asked number of trials, each ended, its epochs 1, 2, 3, ... (`load` refuses gaps)."""
     record = journal.load(member)
     assert [t.number for t in record.trials.values()] == list(range(trials))

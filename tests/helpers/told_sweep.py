@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sparsetune.comparison import confirm, winners
-from sparsetune.search.study import MemberSearch
+from sparsetune.search.study import MemberStudy
 from sparsetune.space.member import Member
 from sparsetune.space.resolve import resolve
 from sparsetune.store.journal import Journal, Trial
@@ -35,7 +35,7 @@ def told(folder: Path, spaces: Iterable[str], *words: str, tell: Tell = accuracy
     path = create(resolved, "sweep")
     with opened(resolved.storage, resolved.name) as members:
         for one in members:
-            search = MemberSearch(search_member(one, resolved.scheduling), 0)
+            search = MemberStudy(search_member(one, resolved.scheduling), 0)
             for _ in range(one.journal.record.asked):
                 _train(one.journal, search, search.suggest(), "search", one.member, tell)
     return path
@@ -49,7 +49,7 @@ def confirmed(path: Path, *words: str, tell: Tell = accuracy, name: str = "") ->
             while one.header["candidates"] and confirm._extend(one):
                 searched = search_member(one.runs, confirm.NO_STOPPING)
                 searched.start_points = confirm._wanted(one)
-                search = MemberSearch(searched, 0)
+                search = MemberStudy(searched, 0)
                 while len(one.runs.journal.record.trials) < one.runs.journal.record.asked:
                     trial, writer = search.suggest(), one.runs.journal
                     role = winners.role(trial)[0]
@@ -64,7 +64,7 @@ def confirmed(path: Path, *words: str, tell: Tell = accuracy, name: str = "") ->
 
 
 def _train(
-    writer: Journal, search: MemberSearch, trial: Trial, role: str, one: Member, tell: Tell
+    writer: Journal, search: MemberStudy, trial: Trial, role: str, one: Member, tell: Tell
 ) -> None:
     found = tell(one, trial, role)
     epochs = search.config(trial)["epochs"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sparsetune.store.journal import Member, Report, Trial
+from sparsetune.store.journal import Record, Report, Trial
 from sparsetune.sweeps.status import front
 
 
@@ -51,9 +51,9 @@ def test_the_front_is_what_no_other_trial_beats() -> None:
         return one != other and all(a >= b for a, b in signed)
 
     expected = [n for n, v in enumerate(values) if not any(beats(other, v) for other in values)]
-    found = front(member, Member({}, len(trials), trials))
+    found = front(member, Record({}, len(trials), trials))
     assert [trial.number for trial in found] == expected
     member.objectives, member.directions = ["b"], ["minimize"]
-    assert [t.number for t in front(member, Member({}, len(trials), trials))] == [
+    assert [t.number for t in front(member, Record({}, len(trials), trials))] == [
         min(range(200), key=lambda n: (values[n][1], n))
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 import pytest
 
-from sparsetune.search.study import MemberSearch
+from sparsetune.search.study import MemberStudy
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space import config, space
 from sparsetune.space.member import Member, Sweep
@@ -541,7 +541,7 @@ def test_a_member_is_searched(name: str, sampler: str, tmp_path: Path) -> None:
     words = [f"sampler.name={sampler}", "sampler.startup=3", "constraint.density/all=0.2"]
     (member,) = sweep(name, *words).members
     journal = Journal.create(tmp_path / "m", {"trials": 12, **member.to_header()})
-    search = MemberSearch(member.search_member(journal), seed=0)
+    search = MemberStudy(member.search_member(journal), seed=0)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for number in range(8):
         trial = search.suggest()

@@ -47,7 +47,7 @@ from sparsetune.store.journal import (
 from sparsetune.store.layout import member_folders, sweeps
 from sparsetune.store.paths import S3Path, StorageAway, insist, place, write_whole
 from sparsetune.sweeps import run as sweep
-from sparsetune.sweeps.create import OpenMember, note_driver
+from sparsetune.sweeps.create import Writable, note_driver
 from sparsetune.training import checkpoint
 
 
@@ -483,7 +483,7 @@ def test_a_sweep_whose_cluster_cannot_be_used_has_not_been(
     words = ["sweep", "set", "static", "density=0.2", "name=x", f"storage={storage}", *TOY]
     done: list[Any] = []
 
-    def run(members: list[OpenMember]) -> int:
+    def run(members: list[Writable]) -> int:
         done.append(note_driver(members))
         if len(done) == 3:
             members[0].journal.append(suggest(0))

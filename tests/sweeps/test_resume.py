@@ -24,12 +24,12 @@ from helpers.wandb_files import read_runs
 from optuna.trial import TrialState
 
 from sparsetune.cli import main
-from sparsetune.search.study import MemberSearch
+from sparsetune.search.study import MemberStudy
 from sparsetune.space.resolve import resolve
 from sparsetune.store import journal
 from sparsetune.sweeps import run as sweep
 from sparsetune.sweeps import source_code
-from sparsetune.sweeps.create import Extension, OpenMember, create, opened, search_member
+from sparsetune.sweeps.create import Extension, Writable, create, opened, search_member
 
 TOY = [
     "epochs=2",
@@ -99,9 +99,9 @@ def metrics(trial: journal.Trial, epoch: int) -> dict[str, float]:
     }
 
 
-def search_of(one: OpenMember) -> MemberSearch:
+def search_of(one: Writable) -> MemberStudy:
     scheduling = sweep.Sweep("", Path(), [one.member]).scheduling
-    return MemberSearch(search_member(one, scheduling), one.member.settings.seed)
+    return MemberStudy(search_member(one, scheduling), one.member.settings.seed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -580,8 +580,8 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize(
     ("module", "cls", "hook", "after"),
     [
-        ("search.study", "MemberSearch", "suggest", 2),  # the searcher
-        ("search.study", "MemberSearch", "report", 3),  # the scheduler
+        ("search.study", "MemberStudy", "suggest", 2),  # the searcher
+        ("search.study", "MemberStudy", "report", 3),  # the scheduler
         ("watch", "Watch", "tick", 5),  # a callback
     ],
 )
