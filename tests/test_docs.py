@@ -9,9 +9,10 @@ bash    Each `sparsetune` command goes through the command line itself, with wha
         end as it should. Only training is taken out. `sweep` is tried with --dry-run, and then its
         journals are written with trials that are told instead of trained (helpers/told_sweep.py),
         so that `status`, `compare` and `report` after it are run for real; `train`, `resume` and
-        `confirm` do all but train. What would need a checkpoint, a server or a login (`export`,
-        `dashboard`, `report --wandb`) is parsed by click, and its NAME must be there. Of other
-        programs the files must exist, a script must know its options, pip's extras must be ours.
+        `confirm` do all but train, `resume` on a copy. What would need a checkpoint, a server or
+        a login (`export`, `dashboard`, `report --wandb`) is parsed by click, and its NAME must be
+        there. Of other programs the files must exist, a script must know its options, pip's extras
+        must be ours; `python -c` is run.
         A folder called FOLDER holds small files of MNIST's form, and s3:// is a folder, too.
 text    is output and is not run. No other word may stand behind a fence.
 
@@ -22,17 +23,21 @@ calls a function of SETUPS, for what a page takes for granted.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import gzip
 import os
 import re
 import shlex
+import shutil
 import struct
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
@@ -40,12 +45,14 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers.told_sweep import confirmed, told
+from helpers.told_sweep import accuracy, confirmed, told
 
 import sparsetune
 from sparsetune.cli import main
 from sparsetune.methods import METHODS
 from sparsetune.space import space
+from sparsetune.space.member import Member
+from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
 from sparsetune.store.paths import place
 
@@ -136,6 +143,8 @@ def check_program(line: str, words: list[str]) -> None:
     files = [word for word in rest if re.match(r"(scripts|tests|docs|search_spaces|\.ci)/", word)]
     for file in files:
         assert (ROOT / file).exists(), f"{line}: there is no {file}"
+    if rest[:1] == ["-c"]:
+        exec(rest[1], {})
     if program == "python" and files:
         script = (ROOT / files[0]).read_text()
         for option in (word for word in rest if word.startswith("--")):
@@ -157,16 +166,31 @@ def sparsetune_command(words: list[str]) -> None:
     elif command == "sweep":
         invoke([*words, "--dry-run"])
         if "--dry-run" not in rest:
-            told(storage, named, *(word for word in rest if "=" in word), *SHORT)
+            told(storage, named, *(word for word in rest if "=" in word), *SHORT, tell=tell)
     else:
+        before = tempfile.mkdtemp()
+        if command == "resume":
+            shutil.copytree(storage, before, dirs_exist_ok=True)
         with untrained():
             invoke(words)
+        if command == "resume":  # what it asked for was not trained
+            shutil.rmtree(storage)
+            shutil.copytree(before, storage)
+        shutil.rmtree(before)
         if command == "confirm":
             asked = [
                 f"{k}={v}" for k, v in keys.items() if k in ("seeds", "top", "full", "density")
             ]
             sweep, _, member = named[0].partition("/")
-            confirmed(storage / sweep, *asked, name=named[0] if member else "")
+            confirmed(storage / sweep, *asked, tell=tell, name=named[0] if member else "")
+
+
+def tell(one: Member, trial: Trial, role: str) -> dict[str, float] | str:
+    """Where density emerges, it is low enough for any bound of these pages."""
+    metrics = accuracy(one, trial, role)
+    assert isinstance(metrics, dict)
+    low = {"density/all": 0.01, "density/sparse": 0.01} if one.method.emergent else {}
+    return metrics | low
 
 
 def invoke(words: list[str]) -> str:
@@ -274,7 +298,7 @@ def test_a_wrong_option_or_key_is_noticed(folder: Path) -> None:
     for wrong in (
         "sparsetune status --jsn",
         "sparsetune sweep set name=a optimizer.lrr=0.1",
-        "sparsetune resume nobody",
+        "sparsetune status nobody",
         "bash scripts/none.sh",
         "python scripts/bench_step.py --none",
         'pip install "sparsetune[none]"',
@@ -308,18 +332,19 @@ def anchors(page: Path) -> set[str]:
     return known
 
 
+def leads(page: Path, target: str) -> bool:
+    """Is there such a file, with such a heading? Of the web only the address is looked at."""
+    parts = urlparse(target)
+    if parts.scheme:
+        return parts.scheme == "https" and bool(parts.netloc)
+    file = (page.parent / parts.path).resolve() if parts.path else page
+    return file.exists() and (not parts.fragment or parts.fragment in anchors(file))
+
+
 @pytest.mark.parametrize("name", [*NAMES, "CHANGELOG.md"])
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
-    for target in LINK.findall(prose(page)):
-        parts = urlparse(target)
-        if parts.scheme:
-            assert parts.scheme == "https" and parts.netloc, f"{name}: {target}"
-            continue
-        file = (page.parent / parts.path).resolve() if parts.path else page
-        assert file.exists(), f"{name}: there is no {target}"
-        if parts.fragment:
-            assert parts.fragment in anchors(file), f"{name}: no heading {target}"
+    assert [target for target in LINK.findall(prose(page)) if not leads(page, target)] == []
 
 
 # What must be said --------------------------------------------------------------------------------
@@ -366,3 +391,25 @@ def test_every_hyperparameter_is_in_the_table_of_its_method(name: str) -> None:
 def test_every_space_is_explained() -> None:
     text = (ROOT / "docs/spaces.md").read_text()
     assert [name for name in space.names() if f"`{name}`" not in text] == []
+
+
+def test_a_spaces_header_says_its_command_and_what_came_out() -> None:
+    """The command is its own, and its figures are those of the table of all runs."""
+    tested: dict[str, dict[str, list[float]]] = {}
+    seconds: dict[str, dict[str, float]] = {}
+    with (ROOT / "docs/compare-mnist.csv").open() as table:
+        for row in csv.DictReader(table):
+            name, density = row["space"], row["density asked"]
+            if row["setting"] == "chosen":
+                tested.setdefault(name, {}).setdefault(density, []).append(
+                    float(row["test accuracy"])
+                )
+            seconds.setdefault(name, {})[density] = float(row["tuning device-seconds"])
+    for name in space.names():
+        header, _, _ = (space.folder() / f"{name}.yaml").read_text().partition("\nmethod:")
+        assert header.startswith(f"# sparsetune sweep {name} ")
+        words = header.replace("\n#", "")
+        means = [f"{100 * fmean(tested[name][key]):.2f}" for key in tested.get(name, {})]
+        spent = [f"{value:,.0f}" for value in seconds.get(name, {}).values()]
+        for figures in (means, spent):
+            assert ", ".join(figures) in words, name
