@@ -255,6 +255,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SPARSETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("TUNE_RESULT_DIR", str(tmp_path / "ray_results"))
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # nobody pulls the plug here
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "FOLDER").mkdir()
