@@ -25,6 +25,7 @@ from sparsetune.comparison.winners import (
     confirmations,
     excess,
     group_of,
+    paper_trial,
     role,
     seed_of,
     serving,
@@ -124,10 +125,10 @@ def _cell(source: Source) -> Cell:
     if source.runs is not None and number is not None:
         chosen = _line(source, Role(serving(source.runs), number))
         variant = source.of_trial(number).variant
-        for trial in source.record.trials.values():
-            if trial.origin == "start:paper":
-                untuned = _line(source, Role("paper", trial.number))
-                paper = untuned or (chosen if trial.number == number else None)
+        untuned = paper_trial(source.record)
+        if untuned is not None:
+            paper = _line(source, Role("paper", untuned))
+            paper = paper or (chosen if untuned == number else None)
         over = _over(source, chosen)
         if state == "confirmed" and over > SLACK:
             state = "infeasible"

@@ -7,14 +7,14 @@ seed varies initialisation, order, split and mask together and is the same for a
 pairs them.
 
 All of it lies in the member's `confirm/`, a journal of the search's own form whose trials are the
-runs. `origin` says what a run is for: `start:rank 12` ranks trial 12 of the search, `start:final
-12` trains the winner, `start:paper 0` the start point `paper`, untuned. The winner is computed from
-the rankings and stays what it is: seeds that are added later are added to it alone.
+runs; `winners.py` says how it is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
@@ -33,10 +33,11 @@ from sparsetune.comparison.winners import (
     folder_of,
     group_of,
     is_front,
+    paper_trial,
     role,
     seed_of,
     serving,
-    winner,
+    winners,
 )
 from sparsetune.machine import versions
 from sparsetune.search.study import StartPoint
@@ -107,16 +108,13 @@ class Confirmation:
 
     @property
     def header(self) -> dict[str, Any]:
-        asked: dict[str, Any] = self.record.header["confirm"]
-        return asked
+        return dict(self.record.header["confirm"])
 
     @property
     def num_seeds(self) -> int:
         """Seeds of its runs, those that were added to the winner's included."""
-        if "num_seeds" in self.header:
-            return int(self.header["num_seeds"])
-        begun = {seed_of(run) for run in self.record.trials.values()}
-        return len(begun | {*self.header["seeds"]})
+        begun = {seed_of(run) for run in self.record.trials.values()} | {*self.header["seeds"]}
+        return int(self.header.get("num_seeds", len(begun)))
 
     def set_seeds(self, num: int) -> None:
         about = {"trials": self.record.asked, "confirm": self.header | {"num_seeds": num}}
@@ -124,9 +122,7 @@ class Confirmation:
 
     @property
     def winners(self) -> set[int | None]:
-        """Of each density; None where it is not known yet."""
-        targets = (None if key == "None" else float(key) for key in self.header["candidates"])
-        return {winner(self.search.member, self.record, target) for target in targets}
+        return set(winners(self.search.member, self.record).values())
 
 
 # The plan: which runs, in which order -------------------------------------------------------------
@@ -161,9 +157,7 @@ def _planned(search: Writable, asked: Asked) -> dict[str, Any]:
     }
 
 
-def _begin(
-    search: Writable, planned: dict[str, Any], asked: Asked, stack: ExitStack
-) -> Confirmation:
+def _begin(search: Writable, plan: dict[str, Any], asked: Asked, stack: ExitStack) -> Confirmation:
     """Opens the member's confirmation, or creates it."""
     folder = folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
@@ -172,7 +166,7 @@ def _begin(
         kept = ("sweep_id", "order", "members", "data", "network", "code", "member")
         header = {key: value for key, value in search.journal.record.header.items() if key in kept}
         header |= {"command": "confirm", "argv": sys.argv[1:], "trials": 0}
-        writer = Journal.create(folder, header | {"versions": versions(), "confirm": planned})
+        writer = Journal.create(folder, header | {"versions": versions(), "confirm": plan})
     stack.callback(writer.close)
     writer.guard = search.journal.guard
     runs = Writable(_runs_member(search.member, asked.multiplier), writer)
@@ -194,19 +188,19 @@ def _check_same(search: Writable, header: dict[str, Any], asked: Asked, folder: 
         wanted = getattr(asked, key)
         if wanted is not None and wanted != header[key]:
             raise ValueError(
-                f"{key}: {name} is being confirmed with {key}={header[key]}; leave it "
-                f"out to go on, or begin anew: {_moved(folder)}"
+                f"{key}: {name} is being confirmed with {key}={header[key]}; leave it out to go "
+                f"on, or begin anew: {_moved(folder)}"
             )
     if is_front(search.member) and asked.density and [*asked.density] != header["densities"]:
         raise ValueError(
-            f"density: {name} is being confirmed at {header['densities']}; leave it out "
-            f"to go on, or begin anew: {_moved(folder)}"
+            f"density: {name} is being confirmed at {header['densities']}; leave it out to go on, "
+            f"or begin anew: {_moved(folder)}"
         )
     own, first = search.member.settings.seed, header["seeds"][0]
     if first <= own < first + (asked.seeds or 0):
         raise ValueError(
-            f"seeds: {asked.seeds} from {first} on have {own}, by which {name} was "
-            f"searched; at most seeds={own - first}"
+            f"seeds: {asked.seeds} from {first} on have {own}, by which {name} was searched; at "
+            f"most seeds={own - first}"
         )
 
 
@@ -220,14 +214,10 @@ def _runs_member(member: Member, multiplier: int) -> Member:
     With a multiplier they are as many times longer. Schedules are shares of training and stretch
     with it; the interval of topology updates stays, as in RigL's tables of longer training.
     """
-    settings = replaced(
-        member.settings,
-        {
-            "epochs": member.settings.epochs * multiplier,
-            "scheduler.name": "none",
-            "objective": "train/loss",  # without images held out there is no other
-        },
-    )
+    epochs = member.settings.epochs * multiplier
+    # Without images held out there is no other objective.
+    changed = {"epochs": epochs, "scheduler.name": "none", "objective": "train/loss"}
+    settings = replaced(member.settings, changed)
     settings.constraint.clear()
     name = f"{member.name}/{folder_of(Path(), multiplier).name}"
     return dataclasses.replace(member, name=name, settings=settings)
@@ -235,32 +225,27 @@ def _runs_member(member: Member, multiplier: int) -> Member:
 
 def _wanted(confirmation: Confirmation) -> list[StartPoint]:
     """The runs that are there, and after them those that are missing, as far as is known yet."""
-    asked, winners = confirmation.header, confirmation.winners
+    asked, winners, full = confirmation.header, confirmation.winners, confirmation.header["full"]
     begun = [
         StartPoint(str(role(run)), run.params, run.fixed, in_study=False)
         for run in confirmation.record.trials.values()
     ]
-    first = asked["seeds"][0]
-    seeds = range(first, first + confirmation.num_seeds)
-    wanted: list[StartPoint] = []
-    ranked = dict.fromkeys(
-        number
-        for numbers in asked["candidates"].values()
-        for number in numbers
-        if len(numbers) > 1 or not asked["full"]
-    )
-    for seed in seeds:  # seeds outside, since runs of one seed share their batches
-        for number in ranked:
-            if seed in asked["seeds"] or (not asked["full"] and number in winners):
-                wanted.append(_run(confirmation, Role("rank", number), seed))
+    seeds = range(asked["seeds"][0], asked["seeds"][0] + confirmation.num_seeds)
+    rivals = [numbers for numbers in asked["candidates"].values() if len(numbers) > 1 or not full]
+    wanted = [
+        (seed, Role("rank", number))
+        for seed in seeds  # outside, since runs of one seed share their batches
+        for number in dict.fromkeys(itertools.chain(*rivals))
+        if seed in asked["seeds"] or (not full and number in winners)
+    ]
     if None not in winners:
-        searched = confirmation.search.journal.record.trials.values()
-        paper = [t for t in searched if t.origin == "start:paper" and t.number not in winners]
-        finals = sorted(number for number in winners if number is not None and asked["full"])
-        roles = [Role("final", number) for number in finals]
-        roles += [Role("paper", trial.number) for trial in paper]
-        wanted += [_run(confirmation, wanted_role, seed) for seed in seeds for wanted_role in roles]
-    return begun + [point for point in wanted if point not in begun]
+        best = sorted(number for number in winners if number is not None)
+        roles = [Role("final", number) for number in best] if full else []
+        paper = paper_trial(confirmation.search.journal.record)
+        roles += [Role("paper", paper)] if paper is not None and paper not in winners else []
+        wanted += itertools.product(seeds, roles)
+    points = [_run(confirmation, purpose, seed) for seed, purpose in wanted]
+    return begun + [point for point in points if point not in begun]
 
 
 def _run(confirmation: Confirmation, purpose: Role, seed: int) -> StartPoint:
@@ -279,8 +264,8 @@ class _Recording(Recording):
 
     def __init__(self, confirmations: list[Confirmation]) -> None:
         self._confirmations = {each.runs.member.name: each for each in confirmations}
-        runs = [confirmation.runs for confirmation in confirmations]
-        super().__init__(runs, wandb_folder(confirmations[0].search))
+        folder = wandb_folder(confirmations[0].search)
+        super().__init__([confirmation.runs for confirmation in confirmations], folder)
 
     def about(self, one: Writable, trial: Trial) -> tuple[str, str] | None:
         confirmation = self._confirmations[one.member.name]
@@ -301,11 +286,10 @@ class _Recording(Recording):
 
 def _tested(confirmation: Confirmation) -> list[Trial]:
     """The finished runs whose test accuracy is to be read."""
-    record = confirmation.record
-    judged = {(serving(record), number) for number in confirmation.winners}
+    judged = {(serving(confirmation.record), number) for number in confirmation.winners}
     return [
         run
-        for run in record.trials.values()
+        for run in confirmation.record.trials.values()
         if run.status == "finished" and (role(run).name == "paper" or role(run) in judged)
     ]
 
@@ -329,13 +313,11 @@ def begun(
                 f"density: {name} was searched at densities of its own; it is for a search for a "
                 "front of accuracy and density. To confirm some members, name them: SWEEP/MEMBER"
             )
-        planned = [_planned(search, asked) for search in searches]
-        able = []
-        for search, plan in zip(searches, planned, strict=True):
-            if plan["candidates"]:
-                able.append((search, plan))
-            else:
+        planned = [(search, _planned(search, asked)) for search in searches]
+        for search, plan in planned:
+            if not plan["candidates"]:
                 print(f"{search.member.name}: infeasible, no finished trial within its bounds")
+        able = [(search, plan) for search, plan in planned if plan["candidates"]]
         if not able:
             raise ValueError(f"confirm: there is no trial of {name} that could be confirmed")
         confirmations = [_begin(search, plan, asked, stack) for search, plan in able]
@@ -373,13 +355,12 @@ def run(confirmations: list[Confirmation]) -> int:
 
     Exit status: 0 done, 1 runs failed, 130 interrupted. ClusterError as in `sweep.run`.
     """
-    folder = confirmations[0].search.folder.parent
-    settings = confirmations[0].search.member.settings
-    check_cluster(settings.ray, folder)
+    first = confirmations[0].search
+    folder = first.folder.parent
+    check_cluster(first.member.settings.ray, folder)
     note_driver([confirmation.runs for confirmation in confirmations])
     recording = _Recording(confirmations)
-    shown = {each.runs.member.name: (None, each.record) for each in confirmations}
-    with Progress(shown) as bar:
+    with Progress({each.runs.member.name: (None, each.record) for each in confirmations}) as bar:
         watch = Watch(recording.send, bar)
         for confirmation in confirmations:
             confirmation.runs.journal.trouble = watch.trouble
@@ -432,7 +413,8 @@ def read_tests(confirmation: Confirmation, watch: Watch) -> None:
         settings = runs.member.trial_settings(run.params, run.fixed)
         folder = trial_folder(runs.folder, run.number)
         setup = setup_of(settings, confirmation.search.member.settings.device)
-        state, _ = insist(lambda: checkpoint.restore(setup, folder), watch.trouble)  # noqa: B023
+        restore = functools.partial(checkpoint.restore, setup, folder)
+        state, _ = insist(restore, watch.trouble)
         if state.epoch != settings.epochs:
             raise CheckpointLost(
                 f"{folder}: the checkpoint of epoch {settings.epochs} is missing; restore it from "

@@ -43,7 +43,11 @@ def command_for(sweep: Path, multiplier: int, member: str = "") -> str:
 
 
 class Role(NamedTuple):
-    """What a run is for. As text, `rank 12`, it is the name of the start point that the run is."""
+    """What a run is for; after `start:` it is the run's `origin` in the journal.
+
+    `rank 12` ranks trial 12 of the search, `final 12` trains it as the winner, and `paper 0` is the
+    start point `paper`, untuned.
+    """
 
     name: str  # rank | final | paper
     number: int  # of its trial in the search
@@ -77,6 +81,11 @@ def accuracy_name(member: Member) -> tuple[str, int]:
         )
     name, direction = next(iter(chosen.items()))
     return name, 1 if direction == "maximize" else -1
+
+
+def paper_trial(record: journal.Record) -> int | None:
+    """The trial of a search that is the start point `paper`."""
+    return next((t.number for t in record.trials.values() if t.origin == "start:paper"), None)
 
 
 def is_front(member: Member) -> bool:
@@ -154,6 +163,13 @@ def winner(member: Member, runs: journal.Record, target: float | None) -> int | 
     return int(min(scores)[-1])
 
 
+def winners(member: Member, runs: journal.Record) -> dict[float | None, int | None]:
+    """The winner at each density that has candidates."""
+    keys = runs.header["confirm"]["candidates"]
+    targets = [None if key == "None" else float(key) for key in keys]
+    return {target: winner(member, runs, target) for target in targets}
+
+
 def group_of(member: Member, runs: journal.Record, purpose: Role) -> str:
     """The W&B group of runs of this role: what they serve, such as mnist/set@0.05.
 
@@ -165,8 +181,8 @@ def group_of(member: Member, runs: journal.Record, purpose: Role) -> str:
         return f"{whole} paper"
     if not is_front(member) or purpose.name != serving(runs):
         return whole
-    targets = map(float, asked["candidates"])
-    served = [f"{d:g}" for d in targets if winner(member, runs, d) == purpose.number]
+    best = winners(member, runs)
+    served = [f"{target:g}" for target, number in best.items() if number == purpose.number]
     return f"{whole}@{','.join(served)}" if served else whole
 
 
