@@ -100,7 +100,7 @@ def sources(storage: Path, name: str) -> list[Source]:
     headers = [journal.header(folder)["member"] for folder in everybody]
     members = [Member.from_header(header) for header in headers]
     scheduling = Sweep("", Path(), members).scheduling
-    found = []
+    made = []
     for folder in member_folders(storage, name):
         record = journal.load(folder)
         member = Member.from_header(record.header["member"])
@@ -109,12 +109,12 @@ def sources(storage: Path, name: str) -> list[Source]:
             runs = journal.load(path) if path else None
             space = called(member.space.name, multiplier)
             served = runs.header["confirm"]["densities"] if runs else [member.density]
-            found += [
+            made += [
                 Source(space, folder, member, record, runs, scheduling, density, len(served),
                        multiplier)
                 for density in served
             ]  # fmt: skip
-    return found
+    return made
 
 
 def _cell(source: Source) -> Cell:

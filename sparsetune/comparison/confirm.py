@@ -263,7 +263,7 @@ class _Recording(Recording):
     """Confirmation runs in W&B: one per seed, with the test accuracy in its summary."""
 
     def __init__(self, confirmations: list[Confirmation]) -> None:
-        self._confirmations = {each.runs.member.name: each for each in confirmations}
+        self._confirmations = {c.runs.member.name: c for c in confirmations}
         folder = wandb_folder(confirmations[0].search)
         super().__init__([confirmation.runs for confirmation in confirmations], folder)
 
@@ -360,7 +360,7 @@ def run(confirmations: list[Confirmation]) -> int:
     check_cluster(first.member.settings.ray, folder)
     note_driver([confirmation.runs for confirmation in confirmations])
     recording = _Recording(confirmations)
-    with Progress({each.runs.member.name: (None, each.record) for each in confirmations}) as bar:
+    with Progress({c.runs.member.name: (None, c.record) for c in confirmations}) as bar:
         watch = Watch(recording.send, bar)
         for confirmation in confirmations:
             confirmation.runs.journal.trouble = watch.trouble

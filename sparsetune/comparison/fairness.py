@@ -71,8 +71,8 @@ def rules(sources: list[Source], levels: dict[Level, list[str]], match: str) -> 
         ("methods that need dense gradients are marked", False, _gradients(sources)),
     ]  # fmt: skip
     return [
-        Rule(number, title, found.state, found.figure or "nothing to check", found.mend, forbids)
-        for number, (title, forbids, found) in enumerate(checks, start=1)
+        Rule(number, title, check.state, check.figure or "nothing to check", check.mend, forbids)
+        for number, (title, forbids, check) in enumerate(checks, start=1)
     ]
 
 
@@ -352,9 +352,9 @@ def _reported(sources: list[Source]) -> Finding:
         differs = differs or _differs(
             own, f"code of {method}", lambda s: s.record.header.get("code", {}).get("method"), mend
         )
-    said = [_versions(sources[0].record), *(_versions(source.runs) for source in confirmed[:1])]
-    shown = [", ".join(f"{name} {version}" for name, version in each.items()) for each in said]
-    return differs or Finding("; confirmed by ".join(dict.fromkeys(shown)))
+    records = [sources[0].record, *(source.runs for source in confirmed[:1])]
+    said = [", ".join(map(" ".join, _versions(record).items())) for record in records]
+    return differs or Finding("; confirmed by ".join(dict.fromkeys(said)))
 
 
 def _versions(record: Record | None) -> dict[str, str]:

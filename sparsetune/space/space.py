@@ -92,7 +92,7 @@ class Dimension:
 
     @classmethod
     def from_dict(cls, words: Mapping[str, Any]) -> Self:
-        """Of what `to_dict` gave, which was checked before."""
+        """What `to_dict` gave: checked before it was written, and read where the method is not."""
         when = {key: tuple(values) for key, values in words.get("when", {}).items()}
         return cls(**{**words, "choices": tuple(words.get("choices", ())), "when": when})
 
