@@ -54,7 +54,7 @@ def load(comparison: Comparison, storage: Path) -> list[Search]:
     members = [Member.from_header(record.header["member"]) for record in records]
     spaces = told_apart([(m.name.partition("/")[0], m.space.name) for m in members])
     return [
-        Search(member, record, look_of(comparison, space, member.method.name))
+        Search(member, record, look_of(comparison, space, member.traits.name))
         for member, record, space in zip(members, records, spaces, strict=True)
     ]
 
@@ -179,13 +179,10 @@ def importance(search: Search) -> dict[str, float]:
     study = optuna.create_study(direction="maximize")
     for trial in _done(search):
         if trial.in_study:
-            # As wide as the ranges are now: they may have been narrower when it was suggested.
-            known = optuna.trial.FixedTrial(trial.params)
-            search.member.ask(known)
             study.add_trial(
                 optuna.trial.create_trial(
                     params=trial.params,
-                    distributions=known.distributions,
+                    distributions=search.member.space.distributions(trial.params),
                     value=search.accuracy(trial),
                 )
             )
