@@ -21,7 +21,7 @@ from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
 from sparsetune.comparison.values import Cell, Comparison, Line
 from sparsetune.comparison.winners import confirmations
-from sparsetune.reports.tables import by_level, markdown, sections
+from sparsetune.reports.tables import by_level, markdown, ranking, sections
 from sparsetune.settings import WandbSettings
 from sparsetune.space.member import Member
 from sparsetune.store import journal
@@ -91,12 +91,11 @@ def _save(comparison: Comparison, storage: Path, entity: str, project: str) -> s
         ) from error
     for line in lacking:
         print(line, file=sys.stderr)
-    *figures, verdict = sections(comparison)
     command = f"sparsetune report {' '.join(comparison.names)} --match {comparison.match}"
     about = (
         f"Made by `{command} --wandb {own}`, which, run again, replaces all of this: change a copy."
     )
-    texts = [about, *lacking, *map(markdown, [verdict, *figures])]
+    texts = [about, *lacking, *map(markdown, [ranking(comparison), *sections(comparison)])]
     report = wr.Report(
         entity=entity,
         project=project,
