@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from sparsetune.comparison.values import Cell, Comparison, Interval, density_of
@@ -112,11 +113,8 @@ class Results:
         pictures = []
         for name, title in (("flops_inference", "inference, FLOPs per image"),
                             ("flops_train", "training of one seed, FLOPs")):  # fmt: skip
-
-            def cost(cell: Cell, name: str = name) -> float:
-                return getattr(cell.chosen, name) or 0.0
-
-            able = [cell for cell in drawn if cost(cell) > 0]
+            cost = attrgetter(f"chosen.{name}")
+            able = [cell for cell in drawn if cost(cell)]
             if not able:
                 continue
             y = window([c.mean.value for c in able if c.mean], [], "test accuracy, %")
@@ -190,7 +188,8 @@ class Results:
             y = around([v for values in layers.values() for v in values], "", True, as_percent)
             x = Axis(1, max(2, *(len(values) for values in layers.values())))
             names = [name.removesuffix(".weight") for name in layers]
-            chart = Chart(x, y, self._cell(cell), names if len(names) < 9 else [], *SMALL)
+            title = titled(self.looks[cell.name], cell.density)
+            chart = Chart(x, y, title, names if len(names) < 9 else [], *SMALL)
             for place, (name, values) in enumerate(layers.items()):
                 look = Look(name, f"depth{round(6 * place / max(1, len(layers) - 1))}")
                 called = names[place] if len(names) < 9 else ""
@@ -203,10 +202,6 @@ class Results:
             "Share of nonzero weights in each layer, %, on a log scale, by epoch; mean over seeds. "
             f"{self.runs}{more}{kept}", "small",
         )  # fmt: skip
-
-    def _cell(self, cell: Cell) -> str:
-        name = self.looks[cell.name].name
-        return name if cell.density is None else f"{name}, {sparse(cell.density)}"
 
     def _best_of(self) -> Figure:
         pictures = []
@@ -253,6 +248,10 @@ def _stays_dense(cell: Cell) -> bool:
     """Is it the network as it is, with all of its weights?"""
     never = cell.begins == "dense" and cell.dense_gradient == "never" and cell.density is None
     return never and (cell.chosen is None or cell.chosen.density in (None, 1.0))
+
+
+def titled(look: Look, density: float | None) -> str:
+    return look.name if density is None else f"{look.name}, {sparse(density)}"
 
 
 def sparse(density: float) -> str:

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from sparsetune.comparison.values import Cell, Comparison
+from sparsetune.comparison.values import Comparison
 from sparsetune.reports import search_figures, tables
 from sparsetune.reports.figures import Figure, Results, sparsity
 from sparsetune.reports.search_figures import Search, short
 from sparsetune.reports.svg import style
-from sparsetune.reports.tables import Column, Table, percent
+from sparsetune.reports.tables import Column, Table, best_first, percent
 from sparsetune.terminal import settings_shown, shown
 
 OURS = '<meta name="generator" content="sparsetune report">'
@@ -63,10 +63,9 @@ def html(comparison: Comparison, searches: list[Search]) -> str:
         style=style(),
         comparison=comparison,
         names=" and ".join(comparison.names),
-        head=_head(comparison),
+        newest=datetime.fromtimestamp(comparison.about["newest"], UTC),
         results=results,
-        verdict=_verdict(comparison),
-        ranking={results.level(level): _ordered(results.at(level)) for level in ranking},
+        ranking={results.level(level): best_first(results.at(level)) for level in ranking},
         parts=list(filter(_shows, parts)),
         **_about(comparison),
     )
@@ -76,39 +75,8 @@ def _shows(part: Figure | Part) -> bool:
     return any(part.pictures) if isinstance(part, Figure) else bool(part.tables)
 
 
-def _ordered(cells: list[Cell]) -> list[Cell]:
-    """The best first."""
-    return sorted(cells, key=lambda cell: -cell.mean.value if cell.mean else 0.0)
-
-
 def _anchor(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-def _head(comparison: Comparison) -> list[str]:
-    about = comparison.about
-    newest = datetime.fromtimestamp(about["newest"], UTC)
-    versions = "; ".join(
-        ", ".join(f"{key} {value}" for key, value in run.items()) for run in about["versions"]
-    )
-    lines = [f"{about['network']} on {about['data']}, {about['epochs']} epochs"]
-    lines += [f"newest run {newest:%Y-%m-%d %H:%M} UTC", versions]
-    return list(filter(None, lines))
-
-
-def _verdict(comparison: Comparison) -> str:
-    tested = [pair for pair in comparison.pairs if pair.different is not None]
-    apart = sum(bool(pair.different) for pair in tested)
-    verdict = (
-        f"{apart} of {len(tested)} pairs are told apart (Holm-adjusted tests)."
-        if tested
-        else "Below 6 seeds no test can tell two methods apart: neighbours whose intervals "
-        "overlap may stand in either order."
-    )
-    broken = [str(rule.number) for rule in comparison.rules if rule.state == "broken"]
-    if broken:
-        verdict += f" Broken, without forbidding a ranking: rule {', '.join(broken)}."
-    return verdict
 
 
 def _tables(comparison: Comparison) -> list[Part]:
@@ -132,12 +100,12 @@ def _winners(results: Results) -> Part:
     for look, cells in results.series.items():
         lines = [cell.chosen for cell in cells if cell.chosen]
         densities = [cell.density for cell in cells if cell.chosen]
-        head = [Column("" if d is None else sparsity(d), "right") for d in densities]
+        head = [Column("" if d is None else sparsity(d)) for d in densities]
         rows = [["trial", *(str(line.trial) for line in lines)]]
         for key in dict.fromkeys(key for line in lines for key in line.config):
             values = [shown(line.config[key]) if key in line.config else "" for line in lines]
             rows.append([short(key), *values])
-        made += [Table([Column(look.name), *head], rows)] if lines else []
+        made += [Table([Column(look.name, "left"), *head], rows)] if lines else []
     lead = (
         "By the mean validation accuracy of their ranking on fresh seeds, by sparsity; what is "
         "not named is as in the search space below."
@@ -179,7 +147,7 @@ def _space(name: str, spaces: list[dict[str, Any]], common: dict[str, Any]) -> T
         values = [shown(space["fixed"].get(key)) or "none" for space in spaces]
         rows.append([short(key), f"fixed: {' or '.join(dict.fromkeys(values))}"])
     rows += [[f"start: {point}", settings_shown(of)] for point, of in first["start"].items()]
-    return Table([Column(name), Column("searched")], rows)
+    return Table([Column(name, "left"), Column("searched", "left")], rows)
 
 
 def _range(words: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 
 from sparsetune.comparison.values import Comparison, told_apart
-from sparsetune.reports.figures import SMALL, Figure, as_percent, look_of, sparse, window
+from sparsetune.reports.figures import SMALL, Figure, as_percent, look_of, titled, window
 from sparsetune.reports.svg import CROSS, Axis, Chart, Look, bars, parallel
 from sparsetune.space.member import Member
 from sparsetune.space.space import Dimension
@@ -39,13 +39,14 @@ class Search:
 
     @property
     def title(self) -> str:
-        density = self.member.density
-        return self.look.name if density is None else f"{self.look.name}, {sparse(density)}"
+        return titled(self.look, self.member.density)
+
+    def last(self, trial: Trial) -> dict[str, float]:
+        return trial.reports[-1].metrics if trial.reports else {}
 
     def accuracy(self, trial: Trial) -> float:
         """Of validation, at its last epoch."""
-        last = trial.reports[-1].metrics if trial.reports else {}
-        return last.get("val/accuracy", math.nan)
+        return self.last(trial).get("val/accuracy", math.nan)
 
 
 def load(comparison: Comparison, storage: Path) -> list[Search]:
@@ -95,22 +96,16 @@ def _history(search: Search) -> str:
         return ""
     x = Axis(-0.7, search.record.asked - 0.3)
     chart = Chart(x, window(values, [], ""), search.title, [], *SMALL)
-    best = -math.inf
-    ways: list[float] = []
-    heights: list[float] = []
+    best, steps = -math.inf, list[tuple[float, float]]()
     for trial in trials:
         value = search.accuracy(trial)
-        last = trial.reports[-1].metrics if trial.reports else {}
-        kept = search.member.constraint(last) <= 0
+        kept = search.member.constraint(search.last(trial)) <= 0
         lost = trial.status in ("diverged", "failed") or not math.isfinite(value)
         if trial.status == "finished" and kept and not lost and value > best:
-            if heights:
-                ways.append(float(trial.number))
-                heights.append(best)
+            steps += [(trial.number, best)] if steps else []
             best = value
         if math.isfinite(best):
-            ways.append(float(trial.number))
-            heights.append(best)
+            steps.append((trial.number, best))
         kind = "" if trial.status == "finished" and kept else "hollow"
         kind += " start" if trial.origin.startswith("start:") else ""
         says = f"trial {trial.number} ({trial.origin}), {trial.status}: {as_percent(value)}; "
@@ -118,7 +113,7 @@ def _history(search: Search) -> str:
         place = chart.y.low if lost else value
         mark = CROSS if lost else ""
         chart.point(search.look, trial.number, place, says, kind.strip(), 2.0, mark=mark)
-    chart.line(search.look, ways, heights, "step")
+    chart.line(search.look, [x for x, _ in steps], [y for _, y in steps], "step")
     return chart.svg()
 
 
@@ -182,12 +177,9 @@ def importance(search: Search) -> dict[str, float]:
             # As wide as the ranges are now: they may have been narrower when it was suggested.
             known = optuna.trial.FixedTrial(trial.params)
             search.member.ask(known)
+            ranges, accuracy = known.distributions, search.accuracy(trial)
             study.add_trial(
-                optuna.trial.create_trial(
-                    params=trial.params,
-                    distributions=known.distributions,
-                    value=search.accuracy(trial),
-                )
+                optuna.trial.create_trial(params=trial.params, distributions=ranges, value=accuracy)
             )
     if len(study.trials) < ENOUGH or not search.member.space.search:
         return {}

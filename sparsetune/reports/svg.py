@@ -31,11 +31,7 @@ PALETTE = [  # by order of appearance: colour on white, colour on black, mark of
     ("#00b49c", "#00c0b4", "M1.2 0L-.8-1.1v2.2z"),
     ("#786000", "#f0f000", "M-1-1.1h2L-1 1.1h2z"),
     ("#8400e4", "#fc7878", "M-1.2 0L.8-1.1v2.2z"),
-    (
-        "#00609c",
-        "#18a800",
-        "M0-.5l.7-.7.5.5-.7.7.7.7-.5.5-.7-.7-.7.7-.5-.5.7-.7-.7-.7.5-.5z",
-    ),
+    ("#00609c", "#18a800", "M-1.2.6a1.2 1.2 0 0 1 2.4 0z"),
 ]
 PENTAGON = "M0-1.2L1.1-.4.7.9h-1.4L-1.1-.4z"
 CROSS, BELOW = "M-1-1L1 1M1-1L-1 1", "M-1-.6L0 .6 1-.6"
@@ -232,22 +228,11 @@ class Chart:
 
     def svg(self) -> str:
         edge, end = self.height - self.bottom, self.width - self.right
-        inner = f"{digits(self.left)} {digits(self.top)} {digits(end - self.left)} "
-        inner += digits(edge - self.top)
-        x, y, w, h = inner.split()
-        return _svg(
-            self.width,
-            self.height,
-            self.title,
-            [
-                *self._grid(edge, end),
-                f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{inner}">',
-                *self.back,
-                "</svg>",
-                *self.front,
-                *self._spread(edge),
-            ],
-        )
+        x, y, w, h = map(digits, (self.left, self.top, end - self.left, edge - self.top))
+        clip = f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}">'
+        back = [*self._grid(edge, end), clip, *self.back, "</svg>"]
+        parts = [*back, *self.front, *self._spread(edge)]
+        return _svg(self.width, self.height, self.title, parts)
 
     def _grid(self, edge: float, end: float) -> Iterable[str]:
         if self.title:

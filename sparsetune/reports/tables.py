@@ -7,6 +7,7 @@ console and markdown here, the page by its template) sets it in its own way.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import rich.table
@@ -22,7 +23,7 @@ class Column(NamedTuple):
     """`kind`: method has names of series, which have a mark; state a rule's; text is long."""
 
     heading: str
-    side: Literal["left", "right"] = "left"
+    side: Literal["left", "right"] = "right"
     kind: Literal["", "method", "state", "text"] = ""
 
 
@@ -74,13 +75,10 @@ def _for_terminal(table: Table) -> rich.table.Table:
             made.add_column(heading, justify=side, overflow="fold")
         else:
             made.add_column(heading, justify=side, no_wrap=True)
+    styles = [STYLES if column.kind == "state" else {} for column in table.columns]
     for row in table.rows:
-        made.add_row(*map(_styled, row, table.columns))
+        made.add_row(*(Text(cell, of.get(cell, "")) for cell, of in zip(row, styles, strict=True)))
     return made
-
-
-def _styled(content: str, column: Column) -> Text:
-    return Text(content, STYLES.get(content, "") if column.kind == "state" else "")
 
 
 def markdown(section: Section) -> str:
@@ -108,14 +106,17 @@ def by_level(comparison: Comparison) -> dict[str, list[Cell]]:
         title = f"{100 * (1 - density_of(level)):.4g} % sparse ({asked})"
         if comparison.match == "flops":
             title = f"FLOPs as at {asked}"
-        at = [cells[name] for name in names]
-        levels[title] = sorted(at, key=lambda cell: -cell.mean.value if cell.mean else 0.0)
+        levels[title] = best_first(cells[name] for name in names)
     standing = {name for names in comparison.levels.values() for name in names}
     if apart := [cell for cell in comparison.cells if cell.density is None]:
         levels["no density asked for"] = apart
     if lone := [c for c in comparison.cells if c.density is not None and c.name not in standing]:
         levels["beside the levels"] = lone
     return levels
+
+
+def best_first(cells: Iterable[Cell]) -> list[Cell]:
+    return sorted(cells, key=lambda cell: -cell.mean.value if cell.mean else 0.0)
 
 
 def percent(interval: Interval | None) -> str:
@@ -135,30 +136,26 @@ def with_unit(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def _numbers(*headings: str) -> list[Column]:
-    return [Column(heading, "right") for heading in headings]
-
-
-METHOD = Column("method", kind="method")
+METHOD = Column("method", "left", "method")
 RESULTS = [
     METHOD,
-    *_numbers("test, ± 95 %", "IQM, ± 95 %", "paper's", "density", "of sparse", "weights"),
-    Column("note", kind="state"),
+    *map(Column, ("test, ± 95 %", "IQM, ± 95 %", "paper's", "density", "of sparse", "weights")),
+    Column("note", "left", "state"),
 ]
 COSTS = [
     METHOD,
-    *_numbers("FLOPs/image", "train"),
-    Column("gradient"),
-    *_numbers("trials", "stopped/div./failed", "epochs", "device-s", "confirm-s"),
+    *map(Column, ("FLOPs/image", "train")),
+    Column("gradient", "left"),
+    *map(Column, ("trials", "stopped/div./failed", "epochs", "device-s", "confirm-s")),
 ]
 PAIRS = [
-    Column("density", "right"),
-    Column("pair"),
-    *_numbers("difference, points", "P(first better)", "p"),
-    Column(""),
+    Column("density"),
+    Column("pair", "left"),
+    *map(Column, ("difference, points", "P(first better)", "p")),
+    Column("", "left"),
 ]
-RULES = [Column(""), Column("rule", kind="text"), Column("", kind="state"),
-         Column("figure", kind="text")]  # fmt: skip
+RULES = [Column("", "left"), Column("rule", "left", "text"), Column("", "left", "state")]
+RULES.append(Column("figure", "left", "text"))
 
 
 def at_level(title: str, cells: list[Cell]) -> Section:
@@ -245,15 +242,11 @@ def rules(comparison: Comparison) -> Section:
 def ranking(comparison: Comparison) -> Section:
     """The ranking, or why there is none."""
     cells = {cell.name: cell for cell in comparison.cells}
-    why = [
-        line
-        for rule in comparison.rules
-        if rule.forbids and rule.state == "broken"
-        for line in (
-            f"Rule {rule.number}, {rule.title}, is broken: {rule.figure}",
-            f"Mend it: {rule.mend}",
-        )
-    ]
+    why = []
+    for rule in comparison.rules:
+        if rule.forbids and rule.state == "broken":
+            why.append(f"Rule {rule.number}, {rule.title}, is broken: {rule.figure}")
+            why.append(f"Mend it: {rule.mend}")
     for level, order in (comparison.ranking or {}).items():
         means = {cells[name].space: cells[name].mean for name in comparison.levels[level]}
         shown = ", ".join(

@@ -7,6 +7,8 @@ import io
 import itertools
 import random
 import re
+import runpy
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +177,19 @@ def test_the_command(made: tuple[Path, Comparison], tmp_path: Path, monkeypatch:
     done = CliRunner().invoke(main, [*words, "--html", "none/here.html"])
     assert done.exit_code == 2
     assert "cannot be written" in done.output
+
+
+def test_the_main_picture_as_a_file(
+    made: tuple[Path, Comparison], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("SPARSETUNE_STORAGE", str(made[0]))
+    monkeypatch.setattr(sys, "argv", ["picture.py", "toy", str(tmp_path / "toy.svg")])
+    runpy.run_path(str(Path(__file__).parents[2] / "scripts/picture.py"), run_name="__main__")
+    picture = ElementTree.parse(tmp_path / "toy.svg").getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert style() in (picture.findtext("{http://www.w3.org/2000/svg}style") or "")
+    series = {group.get("data-series") for group in picture.iter("{http://www.w3.org/2000/svg}g")}
+    assert {"set", "dst", "static", "small_dense", "dense"} <= series
 
 
 def test_importance_knows_that_high_is_good(made: tuple[Path, Comparison]) -> None:
