@@ -55,8 +55,8 @@ class Results:
     def level(self, level: str) -> str:
         flops = self.comparison.match == "flops"
         longer = level.partition(" ")[2]
-        title = sparse(density_of(level)) + (f", {longer}" if longer else "")
-        return f"FLOPs as at {title}" if flops else title
+        said = sparse(density_of(level)) + (f", {longer}" if longer else "")
+        return f"FLOPs as at {said}" if flops else said
 
     def main(self) -> Figure:
         """Accuracy against density."""

@@ -177,9 +177,12 @@ def importance(search: Search) -> dict[str, float]:
             # As wide as the ranges are now: they may have been narrower when it was suggested.
             known = optuna.trial.FixedTrial(trial.params)
             search.member.ask(known)
-            ranges, accuracy = known.distributions, search.accuracy(trial)
             study.add_trial(
-                optuna.trial.create_trial(params=trial.params, distributions=ranges, value=accuracy)
+                optuna.trial.create_trial(
+                    params=trial.params,
+                    distributions=known.distributions,
+                    value=search.accuracy(trial),
+                )
             )
     if len(study.trials) < ENOUGH or not search.member.space.search:
         return {}

@@ -255,8 +255,15 @@ def _searches(sources: dict[str, _Source], own: str) -> Iterable[Any]:
             running_ymax=direction == "maximize",
             running_ymin=direction == "minimize",
         )
-        of = {"JobType": [member.settings.method], "Group": [name.partition("/")[0]]}
-        runset = _runset(source.place, own, "search runs", [], **of, member=[name])
+        runset = _runset(
+            source.place,
+            own,
+            "search runs",
+            [],
+            JobType=[member.settings.method],
+            Group=[name.partition("/")[0]],
+            member=[name],
+        )
         panels = [
             wr.ParallelCoordinatesPlot(columns, title="searched keys"),
             wr.ParameterImportancePlot(objective),
