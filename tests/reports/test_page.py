@@ -220,7 +220,10 @@ def test_methods_that_nobody_knows_are_seen_in_every_figure(made: tuple[Path, Co
                          ("name", "space", "member", "method")})
         for name in names for cell in known
     ]  # fmt: skip
-    levels = {f"{c.density:g}": [o.name for o in cells if o.density == c.density] for c in known}
+    levels = {
+        level: [cell.replace("set", name) for name in names for cell in at if "/set@" in cell]
+        for level, at in comparison.levels.items()
+    }
     cells += [cell for cell in comparison.cells if cell.space == "dense"]
     many = replace(comparison, cells=cells, levels=levels)
     loaded = [s for s in search_figures.load(comparison, folder) if s.look.name == "set"]
