@@ -409,7 +409,7 @@ def report(
     there is none.
     """
     from sparsetune.comparison import compare as comparing
-    from sparsetune.reports import page as html
+    from sparsetune.reports import page
 
     with user_errors():
         storage, names = _names(words)
@@ -420,7 +420,7 @@ def report(
         found = comparing.compare(storage, names, match)
         if html_file or target is None:
             file = Path(html_file or f"{'-'.join(names).replace('/', '-')}.html")
-            html.write(file, found, storage)
+            page.write(file, found, storage)
             click.echo(f"{file.resolve()}")
         if target is not None:
             click.echo(wandb_report.save(found, storage, *place))

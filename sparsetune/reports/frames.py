@@ -46,16 +46,16 @@ def load(name: str, storage: str | Path | None = None) -> pd.DataFrame:
     """
     import pandas as pd
 
-    given = config.build({} if storage is None else {"storage": str(storage)}).storage
-    folders = member_folders(config.storage_folder(given), name)
+    settings = config.build({} if storage is None else {"storage": str(storage)})
+    folders = member_folders(config.storage_folder(settings.storage), name)
     parts = [part for folder in folders for part in _parts(folder)]
     asked = {key for _, _, member in parts for key in member.space.fixed}
     trials = [trial for _, record, _ in parts for trial in record.trials.values()]
     asked |= {key for trial in trials for key in trial.params | trial.fixed}
     keys = sorted(filter(config.is_trial_key, asked))
     rows = [row for part in parts for row in _rows(*part, keys)]
-    found = dict.fromkeys(key for row in rows for key in row)  # in the order in which they came
-    metrics = [key for key in found if key not in FIRST and not key.startswith("config.")]
+    named = dict.fromkeys(key for row in rows for key in row)  # in the order in which they came
+    metrics = [key for key in named if key not in FIRST and not key.startswith("config.")]
     configs = [f"config.{key}" for key in keys]
     # Objects first: pandas would take whole numbers with gaps for floats.
     frame = pd.DataFrame(rows, columns=[*FIRST, *metrics, *configs], dtype=object)
