@@ -71,7 +71,7 @@ def _order(growth: Growth, layer: Active, keys: Keys) -> Tensor:
         return noise.uniform(
             keys.choose, torch.arange(layer.valid.shape[0], device=keys.choose.device)
         )
-    return -(layer.gradient if growth.score == "gradient" else layer.momentum).abs()
+    return -{"gradient": layer.gradient, "momentum": layer.momentum}[growth.score].abs()
 
 
 def _grow(growth: Growth, layer: Active, keep: Tensor, num: Tensor, keys: Keys) -> Tensor:

@@ -28,7 +28,7 @@ import optuna
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
-from sparsetune.methods import METHODS, Method
+from sparsetune.methods import METHODS, Method, find
 from sparsetune.methods.contract import check_number, make_variant
 from sparsetune.names import suggestion
 from sparsetune.settings import TrialSettings
@@ -89,6 +89,12 @@ class Dimension:
         when = {key: list(values) for key, values in self.when.items()}
         return words | ({"when": when} if when else {})
 
+    @classmethod
+    def from_dict(cls, words: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave: checked before it was written, and read where the method is not."""
+        when = {key: tuple(values) for key, values in words.get("when", {}).items()}
+        return cls(**{**words, "choices": tuple(words.get("choices", ())), "when": when})
+
 
 class Point(NamedTuple):
     """A start point of a space: what it says of searched keys, and what it fixes besides.
@@ -147,19 +153,19 @@ class Space:
         """What a trial with these params has for `key`."""
         if key in params:
             return params[key]
-        return self.fixed[key] if key in self.fixed else default(METHODS[self.method], key)
+        return self.fixed[key] if key in self.fixed else default(find(self.method), key)
 
     def dotted(self, key: str) -> str | None:
         """The full name of a key, short or dotted; None where trials of this method have none."""
-        return _dotted(METHODS[self.method], key)
+        return _dotted(find(self.method), key)
 
     def own_keys(self) -> list[str]:
         """The dotted hyperparameters and variants of the method."""
-        return list(_own(METHODS[self.method]).values())
+        return list(_own(find(self.method)).values())
 
     def fix(self, given: Mapping[str, Any]) -> Space:
         """The space with these dotted keys fixed, whatever it or its start points say of them."""
-        method = METHODS[self.method]
+        method = find(self.method)
         checked = {key: check_value(method, key, value) for key, value in given.items()}
         return _checked(
             dataclasses.replace(
@@ -178,7 +184,7 @@ class Space:
         search, fixed = dict(self.search), dict(self.fixed)
         for short, words in given.items():
             place = f"search.{short}"
-            key = _canonical(METHODS[self.method], short, place)
+            key = _canonical(find(self.method), short, place)
             old = search[key].to_dict() if key in search else {}
             if "choices" in words:
                 old = {k: v for k, v in old.items() if k == "when"}
@@ -187,7 +193,7 @@ class Space:
                     f"{place}: {self.file} searches it by choices ({_listed(old['choices'])}); "
                     f"give {place}.choices=[...]"
                 )
-            search[key] = _dimension(place, METHODS[self.method], key, old | dict(words))
+            search[key] = _dimension(place, find(self.method), key, old | dict(words))
             fixed.pop(key, None)
         return _checked(dataclasses.replace(self, fixed=fixed, search=search))
 
@@ -198,11 +204,7 @@ class Space:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        method = METHODS[given["method"]]
-        search = {
-            key: _dimension(f"{given['file']}: search.{key}", method, key, words)
-            for key, words in given["search"].items()
-        }
+        search = {key: Dimension.from_dict(words) for key, words in given["search"].items()}
         return cls(**{**given, "search": search})
 
 
@@ -249,7 +251,7 @@ def load(spec: str) -> Space:
         for name, values in _mapping(given.get("start"), f"{file}: start").items()
     }
     search |= {key: dimension for key, dimension in base.items() if key not in search}
-    return _checked(Space(path.stem, file, method.name, fixed, search, start))
+    return _checked(Space(path.stem, file, given["method"], fixed, search, start))
 
 
 def _read(path: Path, file: str, allowed: Sequence[str] = SECTIONS) -> dict[str, Any]:
@@ -276,11 +278,12 @@ def _read(path: Path, file: str, allowed: Sequence[str] = SECTIONS) -> dict[str,
 
 
 def _method(given: Mapping[str, Any], file: str) -> Method:
-    name = given.get("method")
-    if not isinstance(name, str) or name not in METHODS:
-        what = f"unknown method '{name}'{suggestion(str(name), METHODS)}" if name else "no 'method'"
-        raise SpaceError(f"{file}: {what}; there are: {', '.join(METHODS)}")
-    return METHODS[name]
+    if not given.get("method"):
+        raise SpaceError(f"{file}: no 'method'; there are: {', '.join(METHODS)}")
+    try:
+        return find(str(given["method"]))
+    except ValueError as error:
+        raise SpaceError(f"{file}: {str(error).removeprefix('method: ')}") from error
 
 
 def _mapping(given: Any, place: str) -> dict[Any, Any]:
