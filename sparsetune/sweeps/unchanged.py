@@ -31,15 +31,20 @@ Differences = dict[str, tuple[Any, Any]]  # key -> then, now
 
 def code(member: Member) -> dict[str, dict[str, str]]:
     """The texts or hashes of the code that the member's results depend on, for its header."""
-    named = [member.settings.data.name, member.settings.model.name]
+    settings = member.settings
+    named = [settings.data.name, settings.model.name, settings.method]
     for values in (member.space.fixed, *member.space.start.values()):
         named.append(str(values.get("model.name", "")))
     if "model.name" in member.space.search:
         named += map(str, member.space.search["model.name"].choices)
     return {
         "users": source_code.users(dict.fromkeys(named)),
-        "method": source_code.of_method(member.method.name),
+        "method": source_code.of_method(settings.method),
     }
+
+
+def _rule(member: Member) -> str:
+    return "part of a method" if ":" in member.settings.method else member.settings.method
 
 
 def fingerprints(members: Iterable[Member]) -> list[str]:
@@ -66,7 +71,7 @@ def check_unchanged(member: Member, header: Event, fingerprint: str) -> None:
     if "method" in then and (lines := source_code.changes(then["method"], now["method"])):
         version = header.get("versions", {}).get("sparsetune", "?")
         raise ValueError(
-            f"code: sparsetune's own {member.method.name} has changed since '{member.name}' began "
+            f"code: sparsetune's own {_rule(member)} has changed since '{member.name}' began "
             f"with version {version}:\n{lines}\ninstall that version, {ELSEWHERE.format(sweep)}"
         )
     if header["data"] != fingerprint:
