@@ -43,10 +43,6 @@ def code(member: Member) -> dict[str, dict[str, str]]:
     }
 
 
-def _rule(member: Member) -> str:
-    return "part of a method" if ":" in member.settings.method else member.settings.method
-
-
 def fingerprints(members: Iterable[Member]) -> list[str]:
     """Of each member's images, which are read once where members share them."""
     known: dict[str, str] = {}
@@ -70,8 +66,10 @@ def check_unchanged(member: Member, header: Event, fingerprint: str) -> None:
         )
     if "method" in then and (lines := source_code.changes(then["method"], now["method"])):
         version = header.get("versions", {}).get("sparsetune", "?")
+        name = member.settings.method
+        rule = "part of every method" if ":" in name else name
         raise ValueError(
-            f"code: sparsetune's own {_rule(member)} has changed since '{member.name}' began "
+            f"code: sparsetune's own {rule} has changed since '{member.name}' began "
             f"with version {version}:\n{lines}\ninstall that version, {ELSEWHERE.format(sweep)}"
         )
     if header["data"] != fingerprint:
