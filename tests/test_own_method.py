@@ -36,21 +36,6 @@ def test_the_page_about_it_shows_the_examples_and_what_it_says_runs(
         sys.modules.pop("mest", None)
 
 
-def test_the_page_about_it_shows_the_examples_and_what_it_says_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    (_, rule), (_, check), (_, by_hand), (_, space), _ = blocks
-    assert rule == "# mest.py\n" + (EXAMPLES / "mest.py").read_text()
-    assert space == "# mest.yaml\n" + (EXAMPLES / "mest.yaml").read_text()
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    names: dict[str, object] = {}
-    try:
-        exec(check + by_hand, names)
-    finally:
-        sys.modules.pop("mest", None)
-
-
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The user's folder after a sweep that was killed and resumed, and its confirmation."""
