@@ -96,7 +96,7 @@ def init_makes_a_state_of_its_own(method: Method, words: Words) -> None:
 def decisions_have_their_form(method: Method, words: Words) -> None:
     """decide returns keep (bool, as the values), grow (whole float64 numbers) and a state like
     init's, the same on all positions with a mask as on the active weights alone."""
-    for h in hooks(method, words) if method.decide else ():
+    for h in hooks(method, words, slots=(1, 3)) if method.decide else ():
         dense, alone = h.active()
         made = [h.decide(dense), h.decide(alone)]
         for active, (keep, grow, state) in zip((dense, alone), made, strict=True):
