@@ -364,6 +364,7 @@ def _check_limits(key: str, value: Any) -> None:
         raise ValueError(
             f"{key}: '{value}' is unknown{suggestion(str(value), CHOICES[key])}; "
             f"known: {', '.join(CHOICES[key])}"
+            f"{'; or give your own as package.module:METHOD' * (key == 'method')}"
         )
     if key in LIMITS and not LIMITS[key][1](value):
         shown = "an empty value" if value == "" else value

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import optuna
 
-from sparsetune.methods import METHODS, Method
+from sparsetune.methods import Method, find
 from sparsetune.search.study import NSGAII, SearchMember, StartPoint
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space import config
@@ -45,7 +45,7 @@ class Member:
 
     @property
     def method(self) -> Method:
-        return METHODS[self.settings.method]
+        return find(self.settings.method)
 
     @property
     def objectives(self) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from sparsetune.engine.pool import Choice, choose
-from sparsetune.methods import METHODS
+from sparsetune.methods import find
 from sparsetune.methods.contract import make_hyperparameters, make_variant
 from sparsetune.names import suggestion
 from sparsetune.settings import TrialSettings
@@ -214,7 +214,7 @@ def _refuse(spaces: list[Space], key: str, place: str) -> None:
 def _members(
     one: Space, common: Mapping[str, Any], densities: list[float], single: bool
 ) -> list[Member]:
-    method, keep_points = METHODS[one.method], False
+    method, keep_points = find(one.method), False
     bounds = {k: v for k, v in common.items() if k.startswith("constraint.")}
     key, values = "density", list(densities)
     if one.fixed.get("model.match_density"):
@@ -403,7 +403,7 @@ def _corners(member: Member) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _check_trial(settings: TrialSettings, dataset: data.Dataset) -> None:
-    method = METHODS[settings.method]
+    method = find(settings.method)
     make_hyperparameters(method, settings.hp, make_variant(method, settings.variant))
     update_schedule(method, settings)
     if settings.model.match_density and (method.reaches_density or method.emergent):

@@ -29,7 +29,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution
 
-from sparsetune.methods import METHODS, Method
+from sparsetune.methods import METHODS, Method, find
 from sparsetune.methods.contract import check_number, make_variant
 from sparsetune.names import suggestion
 from sparsetune.settings import TrialSettings
@@ -161,19 +161,19 @@ class Space:
         """What a trial with these params has for `key`."""
         if key in params:
             return params[key]
-        return self.fixed[key] if key in self.fixed else default(METHODS[self.method], key)
+        return self.fixed[key] if key in self.fixed else default(find(self.method), key)
 
     def dotted(self, key: str) -> str | None:
         """The full name of a key, short or dotted; None where trials of this method have none."""
-        return _dotted(METHODS[self.method], key)
+        return _dotted(find(self.method), key)
 
     def own_keys(self) -> list[str]:
         """The dotted hyperparameters and variants of the method."""
-        return list(_own(METHODS[self.method]).values())
+        return list(_own(find(self.method)).values())
 
     def fix(self, given: Mapping[str, Any]) -> Space:
         """The space with these dotted keys fixed, whatever it or its start points say of them."""
-        method = METHODS[self.method]
+        method = find(self.method)
         checked = {key: check_value(method, key, value) for key, value in given.items()}
         return _checked(
             dataclasses.replace(
@@ -192,7 +192,7 @@ class Space:
         search, fixed = dict(self.search), dict(self.fixed)
         for short, words in given.items():
             place = f"search.{short}"
-            key = _canonical(METHODS[self.method], short, place)
+            key = _canonical(find(self.method), short, place)
             old = search[key].to_dict() if key in search else {}
             if "choices" in words:
                 old = {k: v for k, v in old.items() if k == "when"}
@@ -201,7 +201,7 @@ class Space:
                     f"{place}: {self.file} searches it by choices ({_listed(old['choices'])}); "
                     f"give {place}.choices=[...]"
                 )
-            search[key] = _dimension(place, METHODS[self.method], key, old | dict(words))
+            search[key] = _dimension(place, find(self.method), key, old | dict(words))
             fixed.pop(key, None)
         return _checked(dataclasses.replace(self, fixed=fixed, search=search))
 
@@ -259,7 +259,7 @@ def load(spec: str) -> Space:
         for name, values in _mapping(given.get("start"), f"{file}: start").items()
     }
     search |= {key: dimension for key, dimension in base.items() if key not in search}
-    return _checked(Space(path.stem, file, method.name, fixed, search, start))
+    return _checked(Space(path.stem, file, given["method"], fixed, search, start))
 
 
 def _read(path: Path, file: str, allowed: Sequence[str] = SECTIONS) -> dict[str, Any]:
@@ -286,11 +286,12 @@ def _read(path: Path, file: str, allowed: Sequence[str] = SECTIONS) -> dict[str,
 
 
 def _method(given: Mapping[str, Any], file: str) -> Method:
-    name = given.get("method")
-    if not isinstance(name, str) or name not in METHODS:
-        what = f"unknown method '{name}'{suggestion(str(name), METHODS)}" if name else "no 'method'"
-        raise SpaceError(f"{file}: {what}; there are: {', '.join(METHODS)}")
-    return METHODS[name]
+    if not given.get("method"):
+        raise SpaceError(f"{file}: no 'method'; there are: {', '.join(METHODS)}")
+    try:
+        return find(str(given["method"]))
+    except ValueError as error:
+        raise SpaceError(f"{file}: {str(error).removeprefix('method: ')}") from error
 
 
 def _mapping(given: Any, place: str) -> dict[Any, Any]:

@@ -102,8 +102,10 @@ def _needs(members: list[Writable]) -> Iterator[tuple[dict[str, Any], dict[str, 
     if not settings[0].ray.cluster:
         yield {}, {}
         return
-    paths = {path for each in settings for path in (each.data.name, each.model.name) if ":" in path}
-    sent: dict[str, Any] = {"py_modules": users_modules(sorted(paths))} if paths else {}
+    methods = sorted({each.method for each in settings})
+    named = {name for each in settings for name in (each.data.name, each.model.name)}
+    paths = sorted(path for path in named | {*methods} if ":" in path)
+    sent: dict[str, Any] = {"py_modules": users_modules(paths)} if paths else {}
     token = members[0].folder.parent / ".seen"
     if isinstance(token, S3Path):
         sent["env_vars"] = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
@@ -112,7 +114,7 @@ def _needs(members: list[Writable]) -> Iterator[tuple[dict[str, Any], dict[str, 
     data = [to_dict(each.data) for each in settings]
     prints = [one.journal.record.header["data"] for one in members]
     try:
-        yield needs(token, models, list(zip(data, prints, strict=True))), sent
+        yield needs(token, methods, models, list(zip(data, prints, strict=True))), sent
     finally:
         with contextlib.suppress(OSError):
             token.unlink()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsetune.methods import METHODS, Method
+from sparsetune.methods import Method, find
 from sparsetune.methods.contract import (
     Shapes,
     UpdateSchedule,
@@ -128,7 +128,7 @@ def prepare(
     settings: TrialSettings, device: torch.device, dataset: data.Dataset | None = None
 ) -> Setup:
     """The setup of a trial; `dataset` where it is loaded already. ValueError for bad settings."""
-    method = METHODS[settings.method]
+    method = find(settings.method)
     variant = make_variant(method, settings.variant)
     if dataset is None:
         dataset = data.load(settings.data)
