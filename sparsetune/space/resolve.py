@@ -21,15 +21,13 @@ from sparsetune.engine.pool import Choice, choose
 from sparsetune.methods import METHODS
 from sparsetune.methods.contract import make_hyperparameters, make_variant
 from sparsetune.names import suggestion
-from sparsetune.settings import TrialSettings
+from sparsetune.settings import SweepSettings, TrialSettings
 from sparsetune.space import config, space
-from sparsetune.space.config import SweepSettings
 from sparsetune.space.member import DENSITY, Member, Sweep
 from sparsetune.space.space import Space
 from sparsetune.store.paths import S3Path, why
 from sparsetune.training import data, models
 from sparsetune.training.setup import (
-    check_device,
     choose_device,
     layers_of,
     prepare,
@@ -373,7 +371,6 @@ def engine_choice(
 
 def check_machine(settings: SweepSettings) -> None:
     """ValueError where engines need more than this machine has: they would wait for ever."""
-    check_device(settings.device)
     if settings.ray.cluster:
         return  # the cluster's nodes are another matter
     choose_device(settings.device)

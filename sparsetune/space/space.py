@@ -493,8 +493,7 @@ def _range(
 
 
 def _takes_whole(key: str) -> bool:
-    kind = KEYS.get(key, float)
-    return kind in (int, Any) or kind == (int | None)
+    return key in KEYS and KEYS[key].kind in (int, Any)
 
 
 def _allowed_words(method: Method, key: str) -> tuple[str, ...]:
