@@ -461,18 +461,18 @@ def _no_name(words: tuple[str, ...]) -> None:
 @WORDS
 def spaces(words: tuple[str, ...]) -> None:
     """The search spaces that come with sparsetune: what each fixes and searches."""
-    from sparsetune.space import space
+    from sparsetune.space import files
     from sparsetune.terminal import wide_console
 
     _no_name(words)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("space", "method", "searched", "start points"):
         table.add_column(heading, overflow="fold")
-    for name in space.names():
-        loaded = space.load(name)
+    for name in files.names():
+        loaded = files.load(name)
         table.add_row(name, loaded.method, " ".join(loaded.search), " ".join(loaded.start))
     wide_console().print(table)
-    click.echo(f"\nFiles: {space.folder()}")
+    click.echo(f"\nFiles: {files.folder()}")
 
 
 if __name__ == "__main__":

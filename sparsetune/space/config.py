@@ -40,8 +40,8 @@ NO_SUCH = {int: "no whole number", float: "no number", bool: "neither true nor f
 TRIAL_KEYS = keys_of(TrialSettings)
 """Everything that a trial's result depends on."""
 KEYS = keys_of(SweepSettings)
-OPEN = ("hp", "variant", "model.args", "constraint")
-"""Dicts: what comes after `hp.` is no key of ours, but a method's."""
+OPEN = tuple(key for key, known in KEYS.items() if typing.get_origin(known.kind) is dict)
+"""hp, variant, model.args, constraint: what comes after `hp.` is no key of ours, but a method's."""
 
 
 def open_key(key: str) -> tuple[str, str] | None:
