@@ -450,6 +450,25 @@ def methods(words: tuple[str, ...]) -> None:
     wide_console().print(table)
 
 
+@main.command()
+@click.argument("key", default="")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
+def settings(key: str, as_markdown: bool) -> None:
+    """What can be set by key=value: allowed values, defaults, meanings.
+
+    \b
+    sparsetune settings [KEY] [--markdown]
+    KEY is one of them, such as optimizer.lr, or a group: optimizer.
+    """
+    from sparsetune.reports import settings_table
+
+    with user_errors():
+        if as_markdown:
+            click.echo(settings_table.markdown(key))
+        else:
+            settings_table.print_settings(key)
+
+
 def _no_name(words: tuple[str, ...]) -> None:
     """`storage` may stand at every command; nothing else says anything to this one."""
     with user_errors():

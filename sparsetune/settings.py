@@ -112,16 +112,10 @@ class DataSettings:
         "digits", "a known data set, by name embedded or from the hub; or package.module:function"
     )
     path: str = setting("", "folder that holds it")
-    validation: float = number(
-        0.1, "share of the training images held out, split by the seed", least=0, below=1
-    )
+    validation: float = number(0.1, "share of the training images held out", least=0, below=1)
     limit: int = number(0, "use only the first N training images; 0: all", least=0)
-    augment: str = choice(
-        "none", "shift", "crop+flip", meaning="how training images are moved and mirrored"
-    )
-    normalize: bool = setting(
-        True, "subtract the training mean, divide by the deviation, per channel"
-    )
+    augment: str = choice("none", "shift", "crop+flip", meaning="how images are moved, mirrored")
+    normalize: bool = setting(True, "subtract the training mean, divide by the deviation")
 
 
 @dataclass
@@ -130,30 +124,20 @@ class ModelSettings:
 
     name: str = setting("mlp", "a known network; or package.module:Class, of torch.nn.Module")
     widths: list[int] = number(
-        [300, 100],
-        "hidden widths of mlp",
-        least=1,
-        most=10**6,
-        of="a list in which every width must be ",
+        [300, 100], "hidden widths of mlp", least=1, most=10**6, of="every width must be "
     )
     match_density: float = number(
-        0.0,
-        "scale the hidden widths to this share of the weights",
-        least=0,
-        most=1,
-        note="; 0 turns it off",
+        0.0, "scale the widths to this share of weights", least=0, most=1, note="; 0 turns it off"
     )
-    args: dict[str, Any] = setting({}, "arguments of a class of your own")
+    args: dict[str, Any] = setting({}, "argument of a class of your own")
 
 
 @dataclass
 class TrainSettings:
-    """How a batch is trained."""
+    """How the network is trained."""
 
     batch_size: int = number(128, "images in a batch", least=1)
-    precision: str = choice(
-        "float32", "bfloat16", meaning="of the forward pass; bfloat16 is autocast, CUDA only"
-    )
+    precision: str = choice("float32", "bfloat16", meaning="bfloat16 is autocast, CUDA only")
 
 
 @dataclass
@@ -202,21 +186,17 @@ class TrialSettings:
         "how the network is trained sparse",
         allowed="a name that `sparsetune methods` lists, or package.module:METHOD",
     )
-    hp: dict[str, float] = setting({}, "hyperparameters of the method, see `sparsetune methods`")
-    variant: dict[str, Any] = setting({}, "variants of the method, see `sparsetune methods`")
+    hp: dict[str, float] = setting({}, "hyperparameter of the method, see `sparsetune methods`")
+    variant: dict[str, Any] = setting({}, "variant of the method, see `sparsetune methods`")
     density: float = number(0.1, "share of the weights that are active", above=0, most=1)
     density_over: str = choice(
         "all", "sparse", meaning="the weights that density is a share of: all, or of sparse layers"
     )
-    distribution: str = choice(
-        "uniform", "er", "erk", meaning="how the active weights are spread over the layers"
-    )
-    dense_layers: list[str] = setting([], "weights left dense, by name; first and last are names")
+    distribution: str = choice("uniform", "er", "erk", meaning="how layers share active weights")
+    dense_layers: list[str] = setting([], "weights left dense, by name, or first, last, conv")
     epochs: int = number(10, "passes over the training images", least=1)
-    seed: int = number(0, "of initialisation, split, masks, and batches", least=0)
-    order_seed: int | None = number(
-        None, "of the order of batches and of augmentation; null: seed", least=0
-    )
+    seed: int = number(0, "of initialisation, split, masks and batches", least=0)
+    order_seed: int | None = number(None, "of batches and augmentation; null: seed", least=0)
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -248,6 +228,9 @@ class CheckpointSettings:
     every: int = number(1, "epochs between checkpoints", least=1)
 
 
+KEEPS = ": ASHA that keeps less than a third at an early look drops settings that would have won"
+
+
 @dataclass
 class SchedulerSettings:
     """Early stopping."""
@@ -255,18 +238,9 @@ class SchedulerSettings:
     name: str = choice(
         "auto", "asha", "none", meaning="auto: ASHA where early epochs can judge all members"
     )
-    grace: int = number(
-        0, "epochs that every trial gets; 0: a quarter of them, the least there is", least=0
-    )
+    grace: int = number(0, "epochs that every trial gets; 0: a quarter, the least", least=0)
     reduction: float = number(
-        3.0,
-        "1 / reduction of the trials go on at each look",
-        above=1,
-        most=3,
-        note=(
-            ": ASHA that keeps less than a third at an early look drops settings that would have "
-            "won"
-        ),
+        3.0, "1 / reduction of the trials go on at each look", above=1, most=3, note=KEEPS
     )
 
 
@@ -283,11 +257,7 @@ class WandbSettings:
     """Where Weights & Biases records go."""
 
     mode: str = choice(
-        "auto",
-        "online",
-        "offline",
-        "disabled",
-        meaning="auto: online where you are logged in, else offline",
+        "auto", "online", "offline", "disabled", meaning="auto: online if logged in, else offline"
     )
     project: str = setting("sparsetune", "W&B project")
     entity: str = setting("", "W&B user or team; empty: your default")
@@ -298,9 +268,7 @@ class WandbSettings:
 class RaySettings:
     """Which Ray runs the trials."""
 
-    address: str = setting(
-        "", "of a cluster; empty: $RAY_ADDRESS (a job has it), or a Ray of our own on this machine"
-    )
+    address: str = setting("", "of a cluster; empty: $RAY_ADDRESS, or a Ray of this machine's own")
 
     @property
     def cluster(self) -> str:
@@ -311,18 +279,16 @@ class RaySettings:
 class ResourceSettings:
     """What trains: engines, each a process with one device and slots for trials."""
 
-    engines: int = number(0, "engines; 0: as many as the machines have room for", least=0)
+    engines: int = number(0, "how many; 0: as many as the machines have room for", least=0)
     slots: int = number(0, "slots of each engine; 0: as many as it does well with", least=0)
-    threads_per_engine: int = number(
-        0, "CPU threads of each engine; 0: as many as it does well with", least=0
-    )
+    threads_per_engine: int = number(0, "CPU threads of each engine; 0: one", least=0)
 
 
 @dataclass
 class SweepSettings(TrialSettings):
     """A member of a sweep: its trials' common settings, and how they are searched."""
 
-    name: str = setting("", "name of the sweep, a folder's")
+    name: str = setting("", "of the sweep, and of its folder in storage")
     storage: str = setting(
         lambda: os.environ.get("SPARSETUNE_STORAGE", "./sweeps"),
         "where sweeps lie",
@@ -331,19 +297,15 @@ class SweepSettings(TrialSettings):
         fits=bool,
     )
     trials: int = number(20, "trials of each member", least=1)
-    warm_start: str = setting(
-        "", "an earlier sweep, or a member of one, whose best settings go first"
-    )
+    warm_start: str = setting("", "a sweep, or a member of one, whose best settings go first")
     objective: Any = setting(
         "val/accuracy",
         "what is searched for, of the last epoch",
         allowed=f"a metric, or a list of them: {', '.join(DIRECTIONS)}",
     )
-    constraint: dict[str, float] = setting({}, "metric -> its upper bound")
-    concurrency: int = number(0, "trials at once; 0: as many as there are slots", least=0)
-    failures: int = number(
-        3, "of a trial's own, under one driver, after which it has failed", least=1
-    )
+    constraint: dict[str, float] = setting({}, "upper bound of the metric NAME")
+    concurrency: int = number(0, "trials at once; 0: a quarter of them, if there is room", least=0)
+    failures: int = number(3, "of a trial's own, after which it has failed", least=1)
     device: str = setting(
         "auto",
         "where trials are trained; auto: a GPU where there is one",

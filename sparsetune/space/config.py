@@ -65,14 +65,15 @@ def check_key(key: str) -> None:
     if _is_group(key):
         inside = [name for name in KEYS if name.startswith(f"{key}.")]
         raise ValueError(f"{key}: holds other keys; write {', '.join(inside) or key + '.NAME=...'}")
-    raise ValueError(f"{key}: no such key; {_nearest(key)}")
+    raise ValueError(f"{key}: no such key; {nearest(key)}")
 
 
 def _is_group(key: str) -> bool:
     return key in OPEN or any(name.startswith(f"{key}.") for name in KEYS)
 
 
-def _nearest(key: str) -> str:
+def nearest(key: str) -> str:
+    """What somebody may have meant by a key that does not exist, or else all groups of keys."""
     full = [name for name in KEYS if name not in OPEN]
     for method in METHODS.values():
         full += [f"hp.{field.name}" for field in dataclasses.fields(method.Hyperparameters)]
