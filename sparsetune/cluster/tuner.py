@@ -20,7 +20,7 @@ from sparsetune.cluster.fleet import ClusterError, Fleet
 from sparsetune.cluster.trial import sweep_trial
 from sparsetune.cluster.watch import Watch
 from sparsetune.search.study import SearchMember
-from sparsetune.space.config import RaySettings, SweepSettings
+from sparsetune.settings import RaySettings, SweepSettings
 from sparsetune.space.member import Scheduling
 
 PROCESSES = 40  # of trials and engines that one machine may well have

@@ -19,9 +19,8 @@ import optuna
 
 from sparsetune.methods import Method, find
 from sparsetune.search.study import NSGAII, SearchMember, StartPoint
-from sparsetune.settings import TrialSettings, to_dict
+from sparsetune.settings import DIRECTIONS, SweepSettings, TrialSettings, to_dict
 from sparsetune.space import config
-from sparsetune.space.config import DIRECTIONS, SweepSettings
 from sparsetune.space.space import Space
 from sparsetune.space.traits import Traits, traits_of
 from sparsetune.store.journal import Journal

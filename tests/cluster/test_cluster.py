@@ -21,8 +21,7 @@ from helpers.wandb_server import WandbServer
 
 from sparsetune.cluster import fleet, nodes, trial
 from sparsetune.cluster import tuner as cluster
-from sparsetune.settings import DataSettings, ModelSettings, to_dict
-from sparsetune.space.config import RaySettings, SweepSettings
+from sparsetune.settings import DataSettings, ModelSettings, RaySettings, SweepSettings, to_dict
 from sparsetune.store import journal
 from sparsetune.store.layout import sweeps
 from sparsetune.store.paths import place
