@@ -50,7 +50,7 @@ from helpers.told_sweep import accuracy, confirmed, told
 import sparsetune
 from sparsetune.cli import main
 from sparsetune.methods import METHODS
-from sparsetune.space import space
+from sparsetune.space import files
 from sparsetune.space.member import Member
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
@@ -124,7 +124,7 @@ class Reader:
         file = re.match(r"# (\w+\.yaml)\b", block.text)
         assert file, "a yaml block opens with its file's name: # mine.yaml"
         Path(file[1]).write_text(block.text)
-        space.load(f"./{file[1]}")
+        files.load(f"./{file[1]}")
 
     def bash(self, block: Block) -> None:
         for line in re.sub(r"\\\n\s*", " ", block.text).splitlines():
@@ -392,7 +392,7 @@ def test_every_hyperparameter_is_in_the_table_of_its_method(name: str) -> None:
 
 def test_every_space_is_explained() -> None:
     text = (ROOT / "docs/spaces.md").read_text()
-    assert [name for name in space.names() if f"`{name}`" not in text] == []
+    assert [name for name in files.names() if f"`{name}`" not in text] == []
 
 
 def test_a_spaces_header_says_its_command_and_what_came_out() -> None:
@@ -407,8 +407,8 @@ def test_a_spaces_header_says_its_command_and_what_came_out() -> None:
                     float(row["test accuracy"])
                 )
             seconds.setdefault(name, {})[density] = float(row["tuning device-seconds"])
-    for name in space.names():
-        header, _, _ = (space.folder() / f"{name}.yaml").read_text().partition("\nmethod:")
+    for name in files.names():
+        header, _, _ = (files.folder() / f"{name}.yaml").read_text().partition("\nmethod:")
         assert header.startswith(f"# sparsetune sweep {name} ")
         words = header.replace("\n#", "")
         means = [f"{100 * fmean(tested[name][key]):.2f}" for key in tested.get(name, {})]

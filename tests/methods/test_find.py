@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsetune.methods import METHODS, Method, find
-from sparsetune.space import space
+from sparsetune.space import files
 from sparsetune.space.config import trial_settings
 
 MINE = """
@@ -82,7 +82,7 @@ def test_a_space_anywhere_names_a_method_of_the_working_directory(
 ) -> None:
     file = tmp_path_factory.mktemp("elsewhere") / "own.yaml"
     file.write_text("method: foundmine:METHOD\nsearch:\n  density: {low: 0.1, high: 0.5}\n")
-    one = space.load(str(file))
+    one = files.load(str(file))
     assert (one.name, one.method) == ("own", "foundmine:METHOD")
     assert list(one.search)[:1] == ["density"]
     # Whoever only reads what was written of it needs no such module.
@@ -91,4 +91,4 @@ def test_a_space_anywhere_names_a_method_of_the_working_directory(
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(here)])
     assert space.Space.from_dict(one.to_dict()) == one
     with pytest.raises(space.SpaceError, match=r"own\.yaml: module 'foundmine' cannot be imported"):
-        space.load(str(file))
+        files.load(str(file))
