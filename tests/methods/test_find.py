@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsetune.methods import METHODS, Method, find
-from sparsetune.space import files
+from sparsetune.space import files, space
 from sparsetune.space.config import trial_settings
 
 MINE = """
