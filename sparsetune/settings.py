@@ -355,9 +355,10 @@ def check_value(key: str, value: Any, cls: type = SweepSettings) -> None:
     if known.choices and value not in known.choices:
         raise unknown(key, value, known.choices)
     if not known.fits(value):
-        shown = "an empty value is out of range" if value == "" else f"{value} is out of range"
-        wrong = f"'{value}' is unknown" if known.kind is str and value else shown
-        raise ValueError(f"{key}: {wrong}; allowed: {known.allowed}")
+        shown = f"'{value}'" if isinstance(value, str) else str(value)
+        shown = "an empty value" if value == "" else shown
+        wrong = "unknown" if known.kind is str and value else "out of range"
+        raise ValueError(f"{key}: {shown} is {wrong}; allowed: {known.allowed}")
 
 
 def unknown(key: str, value: Any, known: Iterable[str]) -> ValueError:

@@ -347,7 +347,7 @@ def test_a_bad_file(text: str, message: str, write: Any) -> None:
         ("optimizer.lrr: {low: 0.1, high: 1}", "'optimizer.lrr' is no hyperparameter of set; did"),
         ("epochs: {low: 1, high: 9}", "search.epochs: epochs cannot be searched"),
         ("data.name: {choices: [digits, mnist]}", "data.name cannot be searched"),
-        ("update.every: {choices: [soon]}", "update.every: soon is out of range; allowed: epoch"),
+        ("update.every: {choices: [soon]}", "update.every: 'soon' is out of range; allowed: epoch"),
     ],
 )  # fmt: skip
 def test_a_bad_range(line: str, message: str, write: Any) -> None:
