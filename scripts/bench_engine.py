@@ -22,22 +22,18 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from sparsetune.engine.csr.backend import Csr
-from sparsetune.engine.solo import Solo
-from sparsetune.engine.stacked.backend import Stacked
+from sparsetune.engine.pool import Backend, choose
 from sparsetune.machine import processor
 from sparsetune.settings import DataSettings, ModelSettings, OptimizerSettings, TrialSettings
 from sparsetune.training import data
-from sparsetune.training.memory import keep_freed_memory
-from sparsetune.training.setup import prepare
+from sparsetune.training.setup import keep_freed_memory, prepare
 
-BACKENDS: dict[str, Callable[[int], Any]] = {"solo": Solo, "csr": Csr, "stacked": Stacked}
+BACKENDS = ("solo", "csr", "stacked")
 AIM = {("csr", 0.1): (3.5, 4.5), ("csr", 0.05): (5.5, 7.0), ("csr", 0.02): (9.0, 12.0)}
 
 
@@ -60,9 +56,9 @@ def dataset(options: argparse.Namespace) -> data.Dataset:
     return data.Dataset("random", data.Arrays(images, labels), 10, mean, deviation, "")
 
 
-def filled(variant: Variant, options: argparse.Namespace, source: data.Dataset) -> Any:
+def filled(variant: Variant, options: argparse.Namespace, source: data.Dataset) -> Backend:
     """The backend with all slots taken; a trial's order seed says which group it is in."""
-    backend = BACKENDS[variant.backend](variant.slots)
+    setups = []
     for slot in range(variant.slots):
         settings = TrialSettings(
             method=options.method,
@@ -72,7 +68,10 @@ def filled(variant: Variant, options: argparse.Namespace, source: data.Dataset) 
             model=ModelSettings(name=options.model),
             optimizer=OptimizerSettings(lr=0.05 + 0.001 * slot),
         )
-        backend.attach(slot, prepare(settings, torch.device(options.device), source), None)
+        setups.append(prepare(settings, torch.device(options.device), source))
+    backend = choose(variant.backend, setups[0]).make(variant.slots)
+    for slot, setup in enumerate(setups):
+        backend.attach(slot, setup, None)
     return backend
 
 
@@ -81,7 +80,7 @@ def serve(connection: Connection, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     source = dataset(options)
-    pools: dict[Variant, Any] = {}
+    pools: dict[Variant, Backend] = {}
     while (variant := connection.recv()) is not None:
         if variant not in pools:
             pools[variant] = filled(variant, options, source)
@@ -109,7 +108,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="", help="folder of MNIST's parquet files")
-    parser.add_argument("--backends", nargs="+", default=["csr"], choices=[*BACKENDS])
+    parser.add_argument("--backends", nargs="+", default=["csr"], choices=BACKENDS)
     parser.add_argument("--slots", nargs="+", type=int, default=[16, 32], help="of each process")
     parser.add_argument("--density", nargs="+", type=float, default=[0.1, 0.05, 0.02])
     parser.add_argument("--groups", type=int, default=1, help="orders of batches in a pool")

@@ -23,8 +23,7 @@ from sparsetune.machine import processor
 from sparsetune.methods.update import update_alone, update_keys
 from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
 from sparsetune.training import data, models, optim, trainer
-from sparsetune.training.memory import keep_freed_memory
-from sparsetune.training.setup import prepare
+from sparsetune.training.setup import keep_freed_memory, prepare
 
 BATCH = 128
 # What the project promises; "public" is what other code measured at density 0.1, one thread.

@@ -28,15 +28,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from sparsetune.engine.pool import Pool, choose, prepared, structure
+from sparsetune.engine.pool import Pool, choose, structure
 from sparsetune.names import work_in
 from sparsetune.settings import TrialSettings, from_dict
 from sparsetune.store import paths
 from sparsetune.store.paths import AWAY_SECONDS, StorageAway, insist, why
 from sparsetune.training import checkpoint
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.data import Dataset
-from sparsetune.training.memory import keep_freed_memory
+from sparsetune.training.setup import setup_of
 from sparsetune.training.trainer import Metrics
 
 T = TypeVar("T")
@@ -120,12 +119,10 @@ class Engine:
         modules and relative paths are looked for."""
         work_in(path)
         torch.set_num_threads(threads)
-        keep_freed_memory()
         self._device, self._engine, self._slots, self._share = device, engine, slots, share
         self._places: dict[str, Place] = {}
         self._inside: dict[str, Place] = {}  # in a pool
         self._pools: dict[str, Pool] = {}  # by structure
-        self._datasets: dict[str, Dataset] = {}
         self._tokens = 0
         self._patience = SAVE_SECONDS
         self._writers = ThreadPoolExecutor(WRITERS)
@@ -249,7 +246,7 @@ class Engine:
         """False, and told to the trial, where its settings fit none."""
         if not place.structure:
             try:
-                setup = prepared(place.settings, self._device, self._datasets)
+                setup = setup_of(place.settings, self._device)
                 backend = choose(self._engine, setup).name
                 place.structure = structure(place.settings, backend)
             except Exception:  # noqa: BLE001 - whatever it is, it is this trial's, and it is told
@@ -258,7 +255,7 @@ class Engine:
 
     def _pool_of(self, place: Place) -> Pool:
         if place.structure not in self._pools:
-            pool = Pool(self._slots, self._device, self._engine, self._share, self._datasets)
+            pool = Pool(self._slots, self._device, self._engine, self._share)
             self._pools[place.structure] = pool
         return self._pools[place.structure]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from sparsetune.engine.pool import Backend
 from sparsetune.engine.stacked import columns as linear
 from sparsetune.engine.stacked import step
-from sparsetune.engine.stacked.backend import Stacked, has_compiler, unfit
 from sparsetune.engine.stacked.lifted import Lifted, padded
+from sparsetune.engine.stacked.step import has_compiler
 from sparsetune.engine.stacked.turns import Turns
 from sparsetune.methods import METHODS
 from sparsetune.settings import (
@@ -44,11 +44,11 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C++ comp
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 WAYS: dict[str, Callable[[int], Backend]] = {
-    "turns": lambda slots: Turns(compiles=False),
+    "turns": lambda slots: Turns(slots, compiles=False),
     "lifted": lambda slots: Lifted(slots, compiles=False),
 }
 COMPILED: dict[str, Callable[[int], Backend]] = {
-    "turns": lambda slots: Turns(compiles=True),
+    "turns": lambda slots: Turns(slots, compiles=True),
     "lifted": lambda slots: Lifted(slots, compiles=True),
 }
 OPTIMIZERS = {
@@ -244,7 +244,7 @@ def test_compiled_slots_are_what_the_trainer_makes_of_them(
 @pytest.mark.parametrize("method", METHODS)
 def test_turns_that_are_not_compiled_are_the_trainer_to_the_last_bit(method: str) -> None:
     trials = [trial(method, number) for number in range(5)]
-    rows = packed(Turns(compiles=False), trials, 2)
+    rows = packed(Turns(5, compiles=False), trials, 2)
     for slot, settings in enumerate(trials):
         for epoch, (state, metrics) in enumerate(alone(settings, 2)):
             assert_same(checkpoint.encode(rows[epoch][slot][0]), checkpoint.encode(state))
@@ -395,11 +395,12 @@ def test_networks_with_dropout() -> None:
     """In turns they are the trainer's to the last bit; a stack says why it cannot."""
     model = ModelSettings(name=f"{MODULE}:Dropping")
     trials = [trial("set", number, model=model) for number in range(3)]
-    backend = Stacked(3)
+    backend = Turns(3)
     for slot, row in enumerate(packed(backend, trials, 1)[0]):
         assert_same(checkpoint.encode(row[0]), checkpoint.encode(alone(trials[slot], 1)[0][0]))
     setup = prepare(trials[0], CPU)
-    assert unfit(setup) == "" and step.draws(setup)
+    assert Turns.unfit(setup) == "" and step.draws(setup)
+    assert "draws random numbers" in Lifted.unfit(setup)
     assert not step.draws(prepare(trial("set"), CPU))
 
 
@@ -470,10 +471,10 @@ def test_a_gpus_slots_are_what_the_trainer_makes_of_them(method: str, network: s
     device = torch.device("cuda")
     model = ModelSettings(name=network, widths=[24, 16])
     trials = [trial(method, number, model=model) for number in range(3)]
-    backend = Stacked(3)
+    backend = Lifted(3)
     setups = [prepare(settings, device) for settings in trials]
     for slot, setup in enumerate(setups):
-        assert unfit(setup) == ""
+        assert Lifted.unfit(setup) == ""
         backend.attach(slot, setup, None)
     states = [trainer.begin(setup) for setup in setups]
     for epoch in range(3):

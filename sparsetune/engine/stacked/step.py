@@ -8,6 +8,7 @@ slot alone, compiled, and under `torch.vmap` all slots of a GPU at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -147,6 +148,16 @@ def compiled(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..
         return pytree.tree_unflatten(code(*pytree.tree_leaves(args)), outer[0])
 
     return run
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Can torch make code for this CPU: is there a C++ compiler, and does it work?"""
+    try:
+        compiled(torch.add, (torch.ones(16), torch.ones(16)))
+    except (RuntimeError, OSError):  # Inductor's own errors are RuntimeErrors
+        return False
+    return True
 
 
 def draws(setup: Setup) -> bool:

@@ -141,10 +141,15 @@ class Run:
 
 
 class Turns:
-    """See `pool.Backend`."""
+    """See `pool.Backend`. `compiles`: None where there is a compiler. Without one a slot costs what
+    it costs alone, less its share of preparing the batches."""
 
-    def __init__(self, compiles: bool) -> None:
-        self._compiles = compiles
+    @staticmethod
+    def unfit(setup: Setup) -> str:
+        return ""
+
+    def __init__(self, slots: int, compiles: bool | None = None) -> None:
+        self._compiles = step.has_compiler() if compiles is None else compiles
         self._compiled: Compiled | None = None
         self._slots: dict[int, Slot] = {}
 
