@@ -19,7 +19,6 @@ from torch.func import functional_call, grad_and_value
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from sparsetune.engine.stacked import columns
 from sparsetune.methods.contract import Layers
 from sparsetune.training import models, optim
 from sparsetune.training.setup import Setup
@@ -72,28 +71,20 @@ def make(setup: Setup) -> Step:
             logits = functional_call(model, params | buffers, (images,))
         return F.cross_entropy(logits.float(), labels), buffers
 
-    def gradients(
-        used: Layers, buffers: Layers, images: Tensor | columns.Columns, labels: Tensor
-    ) -> tuple[Layers, Tensor, Layers]:
-        if isinstance(images, columns.Columns):
-            return *columns.gradients(used, images, labels), buffers
-        grads, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(
-            used, buffers, images, labels
-        )
-        return grads, loss, buffers
-
     def step(
         running: Running,
         state: Any,
         hp: Any,
         numbers: Tensor,
-        images: Tensor | columns.Columns,
+        images: Tensor,
         labels: Tensor,
     ) -> tuple[Running, Layers]:
         params, gates = running.params, running.gates
         used = method.sparsify(params, gates, state, hp, variant)
         used = {name: used[name] for name in names}
-        raw, loss, buffers = gradients(used, running.buffers, images, labels)
+        raw, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(
+            used, running.buffers, images, labels
+        )
         grads = raw
         if method.pull_back is not None:
             grads = method.pull_back(dict(raw), params, gates, hp, variant)
