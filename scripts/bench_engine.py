@@ -11,6 +11,9 @@ epochs at the same time, with topology updates and validation: first a solo tria
 that of trial-epochs per second within one repeat; its median and range are printed. Needs torch
 and this repository alone.
 
+`--against FOLDER`, another checkout: its trial-epochs per second before and after ours, variant by
+variant, and how many times as fast ours are.
+
 On a GPU: `--device cuda --processes 1 --beside 10 --backends stacked --slots 1 64 512`. A pool of
 one slot is solo with CUDA graphs; `--beside` adds so many solo trainers side by side.
 """
@@ -23,8 +26,10 @@ import os
 import statistics
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
+import against
 import torch
 
 from sparsetune.engine.pool import Backend, choose
@@ -119,7 +124,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--beside", type=int, default=0, help="solo trainers to compare with, too")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--against", default="", help="folder of another checkout to compare with")
     options = parser.parse_args()
+    options.data = options.data and str(Path(options.data).resolve())
 
     context = multiprocessing.get_context("spawn")
     connections, processes = [], []
@@ -128,6 +135,13 @@ def main() -> None:
         processes.append(context.Process(target=serve, args=(theirs, options), daemon=True))
         processes[-1].start()
         connections.append(ours)
+    others = []
+    if options.against:
+        serve_there = "serve(connection, options)"
+        others = [
+            against.start(options.against, "bench_engine", serve_there, options)
+            for _ in connections
+        ]
     rates: dict[Variant, list[float]] = {}
     ratios: dict[Variant, list[float]] = {}
     for _ in range(options.repeats):
@@ -140,6 +154,14 @@ def main() -> None:
             ]
             if options.beside:
                 packed.append(Variant("solo", 1, density, options.beside))
+            if others:
+                for variant in (solo, *packed):
+                    before = trial_epochs_per_second(others, variant)
+                    rate = trial_epochs_per_second(connections, variant)
+                    after = trial_epochs_per_second(others, variant)
+                    ratios.setdefault(variant, []).append(rate / ((before + after) / 2))
+                    rates.setdefault(variant, []).append(rate)
+                continue
             base = trial_epochs_per_second(connections, solo)
             rates.setdefault(solo, []).append(base)
             for variant in packed:
@@ -149,8 +171,9 @@ def main() -> None:
                 ratios.setdefault(variant, []).append(rate / ((base + after) / 2))
                 rates.setdefault(variant, []).append(rate)
                 base = after
-    for connection, process in zip(connections, processes, strict=True):
+    for connection in (*connections, *others):
         connection.send(None)
+    for process in processes:
         process.join()
 
     images = f"{options.limit or 60_000} images{'' if options.data else ' (random)'}"
@@ -162,7 +185,8 @@ def main() -> None:
     )
     print(
         f"{'backend':8} {'processes':>9} {'slots':>5} {'density':>7} {'trial-epochs/s':>14} "
-        f"{'ratio':>6} {'range':>13} {'at least':>8} {'aim':>5}"
+        f"{'ratio':>6} {'range':>13}"
+        + (f" (to {options.against})" if others else f" {'at least':>8} {'aim':>5}")
     )
     for variant in sorted(rates, key=lambda v: (-v.density, v.processes, v.slots)):
         line = (
@@ -170,12 +194,11 @@ def main() -> None:
             f"{statistics.median(rates[variant]):14.2f}"
         )
         if variant in ratios:
-            found = ratios[variant]
-            least, aim = AIM.get((variant.backend, variant.density), ("-", "-"))
-            line += (
-                f" {statistics.median(found):6.2f} {min(found):6.2f}-{max(found):6.2f} "
-                f"{least:>8} {aim:>5}"
-            )
+            measured = ratios[variant]
+            line += f" {statistics.median(measured):6.2f} {min(measured):6.2f}-{max(measured):6.2f}"
+            if not others:
+                least, aim = AIM.get((variant.backend, variant.density), ("-", "-"))
+                line += f" {least:>8} {aim:>5}"
         print(line)
 
 
