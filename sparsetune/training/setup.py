@@ -99,11 +99,10 @@ def check_device(name: str) -> None:
 
 def update_schedule(method: Method, settings: TrialSettings) -> UpdateSchedule:
     """The method's schedule with what the settings replace; ValueError for what cannot be."""
-    given = {k: v for k, v in vars(settings.update).items() if v is not None}
-    if "doublings" in given:
-        given["doublings"] = tuple(given["doublings"])
-    schedule = method.schedule
-    schedule = UpdateSchedule(**{**vars(schedule), **given})
+    replaced = {k: v for k, v in vars(settings.update).items() if v is not None}
+    if "doublings" in replaced:
+        replaced["doublings"] = tuple(replaced["doublings"])
+    schedule = UpdateSchedule(**{**vars(method.schedule), **replaced})
     every = schedule.every
     if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(f"update.every: '{every}' is neither 'epoch' nor a number of steps")
