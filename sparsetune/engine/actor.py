@@ -137,15 +137,19 @@ class Engine:
         try:
             while True:
                 self._train_one_epoch()
-        except BaseException:  # noqa: BLE001 - it is told, and ends the process
-            error = traceback.format_exc()
-            print(error, file=sys.stderr, flush=True)
-            with self._changed:
-                for place in self._places.values():
-                    place.error = error
-                    self._tell(place)
-            time.sleep(GOODBYE_SECONDS)
-            os._exit(1)
+        finally:
+            try:
+                self._say_goodbye(traceback.format_exc())
+            finally:
+                os._exit(1)
+
+    def _say_goodbye(self, error: str) -> None:
+        print(error, file=sys.stderr, flush=True)
+        with self._changed:
+            for place in self._places.values():
+                place.error = error
+                self._tell(place)
+        time.sleep(GOODBYE_SECONDS)
 
     def _train_one_epoch(self) -> None:
         here = self._gather()
