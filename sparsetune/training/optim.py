@@ -51,7 +51,8 @@ def step_numbers(
 
 def _numbers(settings: OptimizerSettings, lr: float, step: int) -> list[float]:
     if settings.name == "sgd":
-        return [settings.weight_decay, settings.momentum, lr, lr * settings.momentum]
+        numbers = [settings.weight_decay, settings.momentum, lr]
+        return [*numbers, lr * settings.momentum] if settings.nesterov else numbers
     return [
         1 - lr * settings.weight_decay,
         1 - settings.momentum,
@@ -98,13 +99,13 @@ def step_in_place(
 ) -> None:
     """One step; `numbers` are a trial's `step_numbers`, or tensors of the parameter's shape."""
     if settings.name == "sgd":
-        decay, momentum, lr, lr_momentum = numbers
+        decay, momentum, lr, *nesterovs = numbers
         if isinstance(decay, Tensor) or decay:
             _add(grad, p, decay)
         first.mul_(momentum).add_(grad)
         if settings.nesterov:
             _add(p, grad, lr, -1)
-            _add(p, first, lr_momentum, -1)
+            _add(p, first, nesterovs[0], -1)
         else:
             _add(p, first, lr, -1)
         return
@@ -162,11 +163,11 @@ def stepped(
     `numbers` holds one trial's `step_numbers` in the parameter's dtype.
     """
     if settings.name == "sgd":
-        decay, momentum, lr, lr_momentum = numbers.unbind()
+        decay, momentum, lr, *nesterovs = numbers.unbind()
         grad = grad + decay * p if decays else grad
         first = momentum * first + grad
         if settings.nesterov:
-            return p - lr * grad - lr_momentum * first, first, None
+            return p - lr * grad - nesterovs[0] * first, first, None
         return p - lr * first, first, None
     assert second is not None
     shrink, share_1, beta2, share_2, correction, eps, lr = numbers.unbind()
