@@ -11,6 +11,9 @@ epochs at the same time, with topology updates and validation: first a solo tria
 that of trial-epochs per second within one repeat; its median and range are printed. Needs torch
 and this repository alone.
 
+`--against FOLDER`, another checkout: its trial-epochs per second before and after ours, variant by
+variant, and how many times as fast ours are.
+
 On a GPU: `--device cuda --processes 1 --beside 10 --backends stacked --slots 1 64 512`. A pool of
 one slot is solo with CUDA graphs; `--beside` adds so many solo trainers side by side.
 """
@@ -22,22 +25,20 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
+import against
 import torch
 
-from sparsetune.engine.csr.backend import Csr
-from sparsetune.engine.solo import Solo
-from sparsetune.engine.stacked.backend import Stacked
+from sparsetune.engine.pool import Backend, choose
 from sparsetune.machine import processor
 from sparsetune.settings import DataSettings, ModelSettings, OptimizerSettings, TrialSettings
 from sparsetune.training import data
-from sparsetune.training.memory import keep_freed_memory
-from sparsetune.training.setup import prepare
+from sparsetune.training.setup import keep_freed_memory, prepare
 
-BACKENDS: dict[str, Callable[[int], Any]] = {"solo": Solo, "csr": Csr, "stacked": Stacked}
+BACKENDS = ("solo", "csr", "stacked")
 AIM = {("csr", 0.1): (3.5, 4.5), ("csr", 0.05): (5.5, 7.0), ("csr", 0.02): (9.0, 12.0)}
 
 
@@ -60,9 +61,9 @@ def dataset(options: argparse.Namespace) -> data.Dataset:
     return data.Dataset("random", data.Arrays(images, labels), 10, mean, deviation, "")
 
 
-def filled(variant: Variant, options: argparse.Namespace, source: data.Dataset) -> Any:
+def filled(variant: Variant, options: argparse.Namespace, source: data.Dataset) -> Backend:
     """The backend with all slots taken; a trial's order seed says which group it is in."""
-    backend = BACKENDS[variant.backend](variant.slots)
+    setups = []
     for slot in range(variant.slots):
         settings = TrialSettings(
             method=options.method,
@@ -72,7 +73,10 @@ def filled(variant: Variant, options: argparse.Namespace, source: data.Dataset) 
             model=ModelSettings(name=options.model),
             optimizer=OptimizerSettings(lr=0.05 + 0.001 * slot),
         )
-        backend.attach(slot, prepare(settings, torch.device(options.device), source), None)
+        setups.append(prepare(settings, torch.device(options.device), source))
+    backend = choose(variant.backend, setups[0]).make(variant.slots)
+    for slot, setup in enumerate(setups):
+        backend.attach(slot, setup, None)
     return backend
 
 
@@ -81,7 +85,7 @@ def serve(connection: Connection, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     source = dataset(options)
-    pools: dict[Variant, Any] = {}
+    pools: dict[Variant, Backend] = {}
     while (variant := connection.recv()) is not None:
         if variant not in pools:
             pools[variant] = filled(variant, options, source)
@@ -91,6 +95,16 @@ def serve(connection: Connection, options: argparse.Namespace) -> None:
         began = time.perf_counter()
         pools[variant].advance()
         connection.send(time.perf_counter() - began)
+
+
+# Here and in another checkout, whose script has these names. On a CPU the clock is the process's
+# CPU time (one thread), which other programs on the machine disturb less than wall time.
+SERVE = """
+import time
+if options.device == "cpu":
+    time.perf_counter = time.process_time
+serve(connection, options)
+"""
 
 
 def trial_epochs_per_second(everybody: list[Connection], variant: Variant) -> float:
@@ -109,7 +123,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="", help="folder of MNIST's parquet files")
-    parser.add_argument("--backends", nargs="+", default=["csr"], choices=[*BACKENDS])
+    parser.add_argument("--backends", nargs="+", default=["csr"], choices=BACKENDS)
     parser.add_argument("--slots", nargs="+", type=int, default=[16, 32], help="of each process")
     parser.add_argument("--density", nargs="+", type=float, default=[0.1, 0.05, 0.02])
     parser.add_argument("--groups", type=int, default=1, help="orders of batches in a pool")
@@ -120,11 +134,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--beside", type=int, default=0, help="solo trainers to compare with, too")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--against", default="", help="folder of another checkout to compare with")
     options = parser.parse_args()
+    options.data = options.data and str(Path(options.data).resolve())
 
     context = multiprocessing.get_context("spawn")
     connections, processes = [], []
+    others: list[Connection] = []
     for _ in range(max(options.processes, options.beside)):
+        if options.against:
+            here = str(Path(__file__).parents[1])
+            connections.append(against.start(here, "bench_engine", SERVE, options))
+            others.append(against.start(options.against, "bench_engine", SERVE, options))
+            continue
         ours, theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(theirs, options), daemon=True))
         processes[-1].start()
@@ -141,6 +163,14 @@ def main() -> None:
             ]
             if options.beside:
                 packed.append(Variant("solo", 1, density, options.beside))
+            if others:
+                for variant in (solo, *packed):
+                    before = trial_epochs_per_second(others, variant)
+                    rate = trial_epochs_per_second(connections, variant)
+                    after = trial_epochs_per_second(others, variant)
+                    ratios.setdefault(variant, []).append(rate / ((before + after) / 2))
+                    rates.setdefault(variant, []).append(rate)
+                continue
             base = trial_epochs_per_second(connections, solo)
             rates.setdefault(solo, []).append(base)
             for variant in packed:
@@ -150,8 +180,9 @@ def main() -> None:
                 ratios.setdefault(variant, []).append(rate / ((base + after) / 2))
                 rates.setdefault(variant, []).append(rate)
                 base = after
-    for connection, process in zip(connections, processes, strict=True):
+    for connection in (*connections, *others):
         connection.send(None)
+    for process in processes:
         process.join()
 
     images = f"{options.limit or 60_000} images{'' if options.data else ' (random)'}"
@@ -163,7 +194,8 @@ def main() -> None:
     )
     print(
         f"{'backend':8} {'processes':>9} {'slots':>5} {'density':>7} {'trial-epochs/s':>14} "
-        f"{'ratio':>6} {'range':>13} {'at least':>8} {'aim':>5}"
+        f"{'ratio':>6} {'range':>13}"
+        + (f" (to {options.against})" if others else f" {'at least':>8} {'aim':>5}")
     )
     for variant in sorted(rates, key=lambda v: (-v.density, v.processes, v.slots)):
         line = (
@@ -171,12 +203,11 @@ def main() -> None:
             f"{statistics.median(rates[variant]):14.2f}"
         )
         if variant in ratios:
-            found = ratios[variant]
-            least, aim = AIM.get((variant.backend, variant.density), ("-", "-"))
-            line += (
-                f" {statistics.median(found):6.2f} {min(found):6.2f}-{max(found):6.2f} "
-                f"{least:>8} {aim:>5}"
-            )
+            measured = ratios[variant]
+            line += f" {statistics.median(measured):6.2f} {min(measured):6.2f}-{max(measured):6.2f}"
+            if not others:
+                least, aim = AIM.get((variant.backend, variant.density), ("-", "-"))
+                line += f" {least:>8} {aim:>5}"
         print(line)
 
 

@@ -6,6 +6,8 @@ times a window of steps of every variant in turn; the ratio to that repeat's den
 counts, its median is printed. On a CPU the clock is the process's CPU time (one thread), which
 other programs on the machine disturb less than wall time. The plain step is nn.Linear,
 torch.optim.SGD and the same resident uint8 data: no masks, no Python of ours. Needs torch alone.
+
+`--against FOLDER`, another checkout: windows of both in turn, and how many times as fast ours are.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import against
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,13 +26,13 @@ from sparsetune.machine import processor
 from sparsetune.methods.update import update_alone, update_keys
 from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
 from sparsetune.training import data, models, optim, trainer
-from sparsetune.training.memory import keep_freed_memory
-from sparsetune.training.setup import prepare
+from sparsetune.training.setup import keep_freed_memory, prepare
 
 BATCH = 128
 # What the project promises; "public" is what other code measured at density 0.1, one thread.
 STEP = {"static": 1.10, "set": 1.10, "dsr": 1.10, "sm": 1.10, "rigl": 1.12, "dst": 1.60}
 UPDATE_MS = {"set": 12.0, "sm": 35.0}
+UPDATES = ("set", "dsr", "sm", "rigl", "gmp")
 
 
 def dataset() -> data.Dataset:
@@ -117,17 +120,78 @@ def seconds(device: torch.device) -> float:
     return time.process_time()
 
 
+# What runs in another checkout, whose script has these names.
+SERVE = """
+torch.set_num_threads(1)
+keep_freed_memory()
+device, source, windows = torch.device(options.device), dataset(), {}
+while (message := connection.recv()) is not None:
+    kind, name = message
+    if kind == "update":
+        connection.send(update_ms(name, source, device, 2)[1] / 1e3)
+        continue
+    if name not in windows:
+        windows[name] = ours(name, source, device)
+        windows[name](options.steps)
+    began = seconds(device)
+    windows[name](options.steps)
+    connection.send((seconds(device) - began) / options.steps)
+"""
+
+
+def compare(options: argparse.Namespace, windows: dict[str, Callable[[int], None]]) -> None:
+    """Prints the step and update times of this checkout, and how much faster they are."""
+    device, source = torch.device(options.device), dataset()
+    connection = against.start(options.against, "bench_step", SERVE, options)
+
+    def there(kind: str, name: str) -> float:
+        connection.send((kind, name))
+        return float(connection.recv())
+
+    def here(kind: str, name: str) -> float:
+        if kind == "update":
+            return update_ms(name, source, device, 2)[1] / 1e3
+        began = seconds(device)
+        windows[name](options.steps)
+        return (seconds(device) - began) / options.steps
+
+    variants = [("step", name) for name in windows] + [("update", name) for name in UPDATES]
+    times: dict[tuple[str, str], list[float]] = {variant: [] for variant in variants}
+    ratios: dict[tuple[str, str], list[float]] = {variant: [] for variant in variants}
+    for repeat in range(options.repeats + 1):
+        for variant in variants:
+            before, own, after = there(*variant), here(*variant), there(*variant)
+            if repeat:  # the first warms up
+                times[variant].append(1e3 * own)
+                ratios[variant].append((before + after) / 2 / own)
+    connection.send(None)
+    print(f"{options.repeats} repeats, interleaved with {options.against}; medians")
+    print(f"{'variant':14} {'ms':>10} {'ratio':>6} {'range':>12}")
+    for variant in variants:
+        faster = ratios[variant]
+        print(
+            f"{' '.join(variant):14} {statistics.median(times[variant]):10.2f} "
+            f"{statistics.median(faster):6.2f} {min(faster):6.2f}-{max(faster):5.2f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--against", default="", help="folder of another checkout to compare with")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as trials do, here for every variant, the plain one too
     device, source = torch.device(options.device), dataset()
-    windows = {"plain PyTorch": plain(source, device)}
-    windows |= {name: ours(name, source, device) for name in ("dense", *STEP)}
+    windows = {name: ours(name, source, device) for name in ("dense", *STEP)}
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    print(f"{hardware}; torch {torch.__version__}; batch {BATCH}, density 0.1, 1 thread")
+    if options.against:
+        compare(options, windows)
+        return
+    windows = {"plain PyTorch": plain(source, device)} | windows
     times: dict[str, list[float]] = {name: [] for name in windows}
     for repeat in range(options.repeats + 1):
         for name, window in windows.items():
@@ -137,8 +201,6 @@ def main() -> None:
             if repeat:  # the first warms up
                 times[name].append(took / options.steps)
     base = times["plain PyTorch"]
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    print(f"{hardware}; torch {torch.__version__}; batch {BATCH}, density 0.1, 1 thread")
     print(f"{options.repeats} repeats of {options.steps} steps, interleaved; median of the ratios")
     print(f"{'variant':14} {'ms/step':>8} {'ratio':>7} {'range':>13} {'at most':>8}")
     for name, per_step in times.items():
@@ -149,7 +211,7 @@ def main() -> None:
             f"{min(ratios):6.2f}-{max(ratios):5.2f} {bound:>8}"
         )
     print(f"{'update':14} {'ms':>8} {'best':>7} {'at most':>21}")
-    for name in ("set", "dsr", "sm", "rigl", "gmp"):
+    for name in UPDATES:
         updates = update_ms(name, source, device, 2 * options.repeats)[1:]
         bound = f"{UPDATE_MS[name]:.0f}" if name in UPDATE_MS else "-"
         print(f"{name:14} {statistics.median(updates):8.1f} {min(updates):7.1f} {bound:>21}")

@@ -31,8 +31,7 @@ from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.layout import member_folders
 from sparsetune.training import data
-from sparsetune.training.memory import keep_freed_memory
-from sparsetune.training.setup import prepare
+from sparsetune.training.setup import keep_freed_memory, prepare
 
 PAUSE = 120  # seconds without any event
 

@@ -15,20 +15,24 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from sparsetune.engine.csr import backend as csr
 from sparsetune.engine.csr.backend import Csr
 from sparsetune.engine.solo import Solo
-from sparsetune.engine.stacked import backend as stacked
-from sparsetune.engine.stacked.backend import Stacked
+from sparsetune.engine.stacked.lifted import Lifted
+from sparsetune.engine.stacked.step import has_compiler
+from sparsetune.engine.stacked.turns import Turns
 from sparsetune.settings import TrialSettings, check_value, to_dict
-from sparsetune.training import checkpoint, data
+from sparsetune.training import checkpoint
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.setup import Setup, choose_device, prepare
+from sparsetune.training.setup import Setup, dataset_of, setup_of
 from sparsetune.training.trainer import Metrics, TrialState
 
 
 class Backend(Protocol):
     """How the slots of a pool are trained. Made with the number of slots there may be."""
+
+    @staticmethod
+    def unfit(setup: Setup) -> str:
+        """Why trials like this one cannot be trained, in one sentence; "" where they can."""
 
     def attach(self, slot: int, setup: Setup, start: Snapshot | None) -> None:
         """A trial enters the free slot: at its beginning, or where the snapshot was taken."""
@@ -66,35 +70,34 @@ def choose(engine: str, setup: Setup) -> Choice:
     check_value("engine", engine)
     if engine == "auto":
         return _automatic(setup)
-    choices = {
-        "solo": (Choice("solo", Solo, 1, "asked for"), ""),
-        "stacked": (Choice("stacked", Stacked, STACKED_SLOTS, "asked for"), stacked.unfit(setup)),
-        "csr": (Choice("csr", Csr, CSR_SLOTS, "asked for"), csr.unfit(setup)),
-    }
-    choice, why_not = choices[engine]
-    if why_not:
-        raise ValueError(f"engine: {engine} cannot train this: {why_not}; use auto")
-    return choice
+    backends = {"solo": Solo, "stacked": Lifted if _on_gpu(setup) else Turns, "csr": Csr}
+    slots = {"solo": 1, "stacked": STACKED_SLOTS, "csr": CSR_SLOTS}
+    if why := backends[engine].unfit(setup):
+        raise ValueError(f"engine: {engine} cannot train this: {why}; use auto")
+    return Choice(engine, backends[engine], slots[engine], "asked for")
 
 
 def _automatic(setup: Setup) -> Choice:
-    on_gpu = setup.device.type == "cuda"
+    if _on_gpu(setup):
+        if why := Lifted.unfit(setup):
+            return Choice("solo", Solo, 1, why)
+        return Choice("stacked", Lifted, GPU_SLOTS, "all slots in one operation on a GPU")
     size = sum(shape.numel() for shape in setup.sparse.values())
     density = sum(setup.targets.values()) / max(size, 1)
-    not_csr = csr.unfit(setup)
-    if not not_csr and not on_gpu and density <= CSR_DENSITY:
+    why = Csr.unfit(setup)
+    if not why and density <= CSR_DENSITY:
         return Choice("csr", Csr, CSR_SLOTS, f"sparse layers of density {density:.3g} on a CPU")
-    if on_gpu:
-        if why := stacked.unfit(setup):
-            return Choice("solo", Solo, 1, why)
-        return Choice("stacked", Stacked, GPU_SLOTS, "all slots in one operation on a GPU")
-    reason = not_csr or f"density {density:.3g}"
-    size = min(setup.settings.train.batch_size, len(setup.train_index))
-    if 3 * sum(setup.flops.values()) * size * setup.num_steps < COMPILE_FLOPS:
-        return Choice("solo", Solo, 1, f"too short a training to compile it; not csr: {reason}")
-    if stacked.has_compiler():
-        return Choice("stacked", Stacked, STACKED_SLOTS, f"compiled; not csr: {reason}")
-    return Choice("solo", Solo, 1, f"no C++ compiler; not csr: {reason}")
+    not_csr = f"not csr: {why or f'density {density:.3g}'}"
+    flops = 3 * sum(setup.flops.values()) * setup.batch_size * setup.num_steps
+    if flops < COMPILE_FLOPS:
+        return Choice("solo", Solo, 1, f"too short a training to compile it; {not_csr}")
+    if has_compiler():
+        return Choice("stacked", Turns, STACKED_SLOTS, f"compiled; {not_csr}")
+    return Choice("solo", Solo, 1, f"no C++ compiler; {not_csr}")
+
+
+def _on_gpu(setup: Setup) -> bool:
+    return setup.device.type == "cuda"
 
 
 def slot_bytes(choice: Choice, setup: Setup) -> int:
@@ -130,15 +133,6 @@ def structure(settings: TrialSettings, backend: str) -> str:
     return json.dumps({"backend": backend, "optimizer": optimizer} | common)
 
 
-def prepared(settings: TrialSettings, device: str, datasets: dict[str, data.Dataset]) -> Setup:
-    """`prepare`, with data that are read and moved to the device once: `datasets` is looked
-    at and added to."""
-    key = json.dumps(to_dict(settings)["data"])
-    setup = prepare(settings, choose_device(device), datasets.get(key))
-    datasets[key] = setup.dataset
-    return setup
-
-
 class Pool:
     """`slots` places for trials that one backend trains together, that of the first one attached;
     fewer where `share` of the device's free memory does not hold as many."""
@@ -149,16 +143,13 @@ class Pool:
         device: str = "auto",
         engine: str = "auto",
         share: float = 0.8,
-        datasets: dict[str, data.Dataset] | None = None,
     ) -> None:
-        """`datasets`: what other pools of this process have read, for `prepared`."""
         self.slots = slots
         self._share = share
         self.choice: Choice | None = None
         self._device = device
         self._engine = engine
         self._structure = ""
-        self._datasets = {} if datasets is None else datasets
         self._backend: Backend | None = None
         self._held: dict[Hashable, tuple[int, Setup]] = {}
 
@@ -180,7 +171,7 @@ class Pool:
             self.detach(key)
         if len(self) == self.slots:
             raise ValueError(f"all {self.slots} slots are taken; detach a trial first")
-        setup = prepared(settings, self._device, self._datasets)
+        setup = setup_of(settings, self._device)
         choice = choose(self.choice.name if self.choice else self._engine, setup)
         shared = structure(settings, choice.name)
         if self._structure not in ("", shared):
@@ -230,14 +221,15 @@ def train(
 
     Trials may differ in structure: there is one pool for each, one after another.
     """
-    trials, datasets = list(trials), dict[str, data.Dataset]()
+    dataset_of.cache_clear()  # what is read may have changed since an earlier call
+    trials = list(trials)
     records: list[list[Metrics]] = [[] for _ in trials]
     waiting: dict[str, list[int]] = {}
     for number, settings in enumerate(trials):
-        choice = choose(engine, prepared(settings, device, datasets))
+        choice = choose(engine, setup_of(settings, device))
         waiting.setdefault(structure(settings, choice.name), []).append(number)
     for numbers in waiting.values():
-        pool = Pool(slots, device, engine, datasets=datasets)
+        pool = Pool(slots, device, engine)
         while numbers or len(pool):
             while numbers and len(pool) < pool.slots:
                 pool.attach(numbers[0], trials[numbers[0]])

@@ -12,6 +12,10 @@ from sparsetune.training.trainer import Metrics, TrialState
 class Solo:
     """See `pool.Backend`."""
 
+    @staticmethod
+    def unfit(setup: Setup) -> str:
+        return ""
+
     def __init__(self, slots: int) -> None:
         self._slots: dict[int, tuple[Setup, TrialState]] = {}
 

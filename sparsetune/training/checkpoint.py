@@ -27,7 +27,7 @@ Snapshot = dict[str, Any]
 """format; index, ever {layer: sorted flat positions int64}; params, first, second {name: {"value":
 values at the layer's index} or {"whole": tensor}}; buffers, method {name: tensor}; counts {epoch,
 step, updates, flops, diverged}. All on the CPU."""
-NAME = re.compile(r"e(\d{4,})\.pt")
+FILE_NAME = re.compile(r"e(\d{4,})\.pt")
 
 
 def _pack(tensors: dict[str, Tensor], indices: dict[str, Tensor]) -> dict[str, Any]:
@@ -102,15 +102,18 @@ def decode(setup: Setup, saved: Snapshot) -> TrialState:
         return flat.view(setup.sparse[name]).to(setup.device)
 
     index = saved["index"]
+    params = _unpack(saved["params"], index, setup)
+    masks = {name: mask(name, positions) for name, positions in index.items()}
+    fresh, _ = trainer.begin_method(setup, params, masks)
     return TrialState(
-        params=_unpack(saved["params"], index, setup),
+        params=params,
         buffers={name: tensor.to(setup.device) for name, tensor in saved["buffers"].items()},
         moments=optim.Moments(
             _unpack(saved["first"], index, setup), _unpack(saved["second"], index, setup)
         ),
-        masks={name: mask(name, at) for name, at in index.items()},
-        ever={name: mask(name, at) for name, at in saved["ever"].items()},
-        method=method_state(trainer.begin(setup).method, saved, setup.device),
+        masks=masks,
+        ever={name: mask(name, positions) for name, positions in saved["ever"].items()},
+        method=method_state(fresh, saved, setup.device),
         **saved["counts"],
     )
 
@@ -132,8 +135,8 @@ def saved_epochs(folder: Path) -> list[int]:
     """Epochs of which the trial's folder holds a checkpoint, ascending."""
     if not folder.is_dir():
         return []
-    found = (NAME.fullmatch(entry.name) for entry in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (FILE_NAME.fullmatch(entry.name) for entry in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def newest(folder: Path) -> tuple[Snapshot | None, list[Metrics]]:

@@ -35,6 +35,13 @@ class Dataset(NamedTuple):
         c, h, w = self.train.images.shape[1:]
         return c, h, w
 
+    def to(self, device: torch.device) -> Dataset:
+        return self._replace(
+            train=Arrays(*(tensor.to(device) for tensor in self.train)),
+            mean=self.mean.to(device),
+            deviation=self.deviation.to(device),
+        )
+
 
 def load(settings: DataSettings) -> Dataset:
     """The training images, validation share included; the test files are not opened."""

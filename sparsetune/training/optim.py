@@ -8,6 +8,7 @@ torch.optim (tested equal to these) would hide.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,34 @@ def learning_rate(settings: ScheduleSettings, base: float, step: int, num_steps:
     return base
 
 
+def step_numbers(
+    settings: OptimizerSettings, schedule: ScheduleSettings, step: int, num_steps: int
+) -> list[float]:
+    """All that a trial's optimizer step `step` (counted from 1) needs to know but what a pool
+    shares (the optimizer's name, nesterov); the first number is about weight decay."""
+    return _numbers(settings, learning_rate(schedule, settings.lr, step - 1, num_steps), step)
+
+
+def _numbers(settings: OptimizerSettings, lr: float, step: int) -> list[float]:
+    if settings.name == "sgd":
+        numbers = [settings.weight_decay, settings.momentum, lr]
+        return [*numbers, lr * settings.momentum] if settings.nesterov else numbers
+    return [
+        1 - lr * settings.weight_decay,
+        1 - settings.momentum,
+        settings.beta2,
+        1 - settings.beta2,
+        math.sqrt(1 - settings.beta2**step),
+        settings.eps,
+        lr / (1 - settings.momentum**step),
+    ]
+
+
+def no_decay(settings: OptimizerSettings) -> float:
+    """What the first number is for a parameter that weight decay does not apply to."""
+    return 0.0 if settings.name == "sgd" else 1.0
+
+
 def apply_step(
     settings: OptimizerSettings,
     params: dict[str, Tensor],
@@ -54,77 +83,70 @@ def apply_step(
     `grads` are used up: their tensors hold something else afterwards.
     `decays` says which parameters weight decay applies to; SGD couples it, AdamW does not.
     """
+    decay, *numbers = _numbers(settings, lr, step)
     for name, p in params.items():
-        decay = settings.weight_decay if decays[name] else 0.0
-        if settings.name == "sgd":
-            _sgd(settings, p, grads[name], moments.first[name], decay, lr)
-        else:
-            first, second = moments.first[name], moments.second[name]
-            _adamw(settings, p, grads[name], first, second, decay, lr, step)
+        own = [decay if decays[name] else no_decay(settings), *numbers]
+        step_in_place(settings, p, grads[name], moments.first[name], moments.second.get(name), own)
 
 
-def _sgd(
-    settings: OptimizerSettings, p: Tensor, grad: Tensor, buffer: Tensor, decay: float, lr: float
-) -> None:
-    if decay:
-        grad.add_(p, alpha=decay)
-    buffer.mul_(settings.momentum).add_(grad)
-    if settings.nesterov:
-        p.add_(grad, alpha=-lr).add_(buffer, alpha=-lr * settings.momentum)
-    else:
-        p.add_(buffer, alpha=-lr)
-
-
-def _adamw(
+def step_in_place(
     settings: OptimizerSettings,
     p: Tensor,
     grad: Tensor,
     first: Tensor,
-    second: Tensor,
-    decay: float,
-    lr: float,
-    step: int,
+    second: Tensor | None,
+    numbers: Sequence[float] | Sequence[Tensor],
 ) -> None:
-    p.mul_(1 - lr * decay)
-    first.lerp_(grad, 1 - settings.momentum)
-    second.mul_(settings.beta2).addcmul_(grad, grad, value=1 - settings.beta2)
-    correction_1 = 1 - settings.momentum**step
-    correction_2 = math.sqrt(1 - settings.beta2**step)
-    denominator = (second.sqrt() / correction_2).add_(settings.eps)
-    p.addcdiv_(first, denominator, value=-lr / correction_1)
+    """One step; `numbers` are a trial's `step_numbers`, or tensors of the parameter's shape."""
+    if settings.name == "sgd":
+        decay, momentum, lr, *nesterovs = numbers
+        if isinstance(decay, Tensor) or decay:
+            _add(grad, p, decay)
+        first.mul_(momentum).add_(grad)
+        if settings.nesterov:
+            _add(p, grad, lr, -1)
+            _add(p, first, nesterovs[0], -1)
+        else:
+            _add(p, first, lr, -1)
+        return
+    assert second is not None
+    shrink, share_1, beta2, share_2, correction, eps, lr = numbers
+    p.mul_(shrink)
+    first.lerp_(grad, share_1)
+    second.mul_(beta2)
+    if isinstance(share_2, Tensor):
+        second.addcmul_(grad.square_(), share_2)
+    else:
+        second.addcmul_(grad, grad, value=share_2)
+    denominator = second.sqrt().div_(correction).add_(eps)
+    if isinstance(lr, Tensor):
+        p.addcmul_(first / denominator, lr, value=-1)
+    else:
+        p.addcdiv_(first, denominator, value=-lr)
 
 
-def momentum_of(settings: OptimizerSettings, moments: Moments) -> dict[str, Tensor]:
-    """What methods call momentum: SGD's buffer, or m / (sqrt(v) + eps) under AdamW."""
+def _add(to: Tensor, value: Tensor, factor: float | Tensor, sign: int = 1) -> None:
+    """Adds sign * factor * value in place."""
+    if isinstance(factor, Tensor):
+        to.addcmul_(value, factor, value=sign)
+    else:
+        to.add_(value, alpha=sign * factor)
+
+
+def momentum_of(
+    settings: OptimizerSettings, moments: Moments, eps: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What methods call momentum: SGD's buffer, or m / (sqrt(v) + eps) under AdamW; `eps` where
+    it is not the settings'."""
     if settings.name == "sgd":
         return moments.first
     return {
-        name: first / (moments.second[name].sqrt() + settings.eps)
+        name: first / (moments.second[name].sqrt() + (settings.eps if eps is None else eps))
         for name, first in moments.first.items()
     }
 
 
 # The same step as a function of tensors, for engines that lift it over many trials ----------------
-
-
-def step_numbers(
-    settings: OptimizerSettings, schedule: ScheduleSettings, step: int, num_steps: int
-) -> list[float]:
-    """What `stepped` needs to know of optimizer step `step` (counted from 1)."""
-    lr = learning_rate(schedule, settings.lr, step - 1, num_steps)
-    if settings.name == "sgd":
-        return [settings.weight_decay, settings.momentum, lr, lr * settings.momentum]
-    correction_1 = 1 - settings.momentum**step
-    correction_2 = math.sqrt(1 - settings.beta2**step)
-    return [
-        1 - lr * settings.weight_decay,
-        1 - settings.momentum,
-        settings.beta2,
-        1 - settings.beta2,
-        correction_2,
-        settings.eps,
-        lr / correction_1,
-    ]
 
 
 def stepped(
@@ -141,11 +163,11 @@ def stepped(
     `numbers` holds one trial's `step_numbers` in the parameter's dtype.
     """
     if settings.name == "sgd":
-        decay, momentum, lr, lr_momentum = numbers.unbind()
+        decay, momentum, lr, *nesterovs = numbers.unbind()
         grad = grad + decay * p if decays else grad
         first = momentum * first + grad
         if settings.nesterov:
-            return p - lr * grad - lr_momentum * first, first, None
+            return p - lr * grad - nesterovs[0] * first, first, None
         return p - lr * first, first, None
     assert second is not None
     shrink, share_1, beta2, share_2, correction, eps, lr = numbers.unbind()

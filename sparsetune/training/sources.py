@@ -126,6 +126,11 @@ def _from_function(name: str, part: Part) -> tuple[Tensor, Tensor]:
             torch.as_tensor(array).detach().clone()
             for array in (arrays[:2] if part == "train" else arrays[2:])
         )
+    return _checked_images(name, images), _checked_labels(name, labels, len(images))
+
+
+def _checked_images(name: str, images: Tensor) -> Tensor:
+    """[n, c, h, w], uint8 or float32."""
     if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
         raise ValueError(f"data.name: {name} returned {images.dtype} images; uint8 or a float")
     if images.ndim not in (2, 3, 4):
@@ -140,15 +145,20 @@ def _from_function(name: str, part: Part) -> tuple[Tensor, Tensor]:
         )
     if not images.numel():
         raise ValueError(f"data.name: {name} returned no image (shape {list(images.shape)})")
-    one_each = labels.shape == images.shape[:1] and not labels.dtype.is_floating_point
-    labels = labels.long() if one_each else labels
-    if not one_each or not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
+    images = images.reshape(len(images), *(1,) * (4 - images.ndim), *images.shape[1:])
+    return images if images.dtype == torch.uint8 else images.float()
+
+
+def _checked_labels(name: str, labels: Tensor, num: int) -> Tensor:
+    """[num] int64."""
+    whole = labels.shape == (num,) and not labels.dtype.is_floating_point
+    longs = labels.long() if whole else labels
+    if not whole or not 0 <= int(longs.min()) <= int(longs.max()) < MOST_CLASSES:
         raise ValueError(
             f"data.name: {name} returned {labels.dtype} labels of shape {list(labels.shape)} for "
-            f"{len(images)} images; one whole number from 0 to {MOST_CLASSES - 1} each"
+            f"{num} images; one whole number from 0 to {MOST_CLASSES - 1} each"
         )
-    images = images.reshape(len(images), *(1,) * (4 - images.ndim), *images.shape[1:])
-    return images if images.dtype == torch.uint8 else images.float(), labels
+    return longs
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -216,8 +226,8 @@ def _find(settings: DataSettings, part: Part) -> _Source:
         if any((folder / part).glob("*/")):
             # Labels come from the training folders: a class may be missing in the test folder.
             classes = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
-            found = sorted((folder / part).glob("*/*"))
-            files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+            entries = sorted((folder / part).glob("*/*"))
+            files = [file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES]
             strangers = {file.parent.name for file in files} - set(classes)
             if strangers:
                 raise ValueError(
@@ -298,10 +308,10 @@ def _hub(settings: DataSettings, part: Part) -> tuple[pa.Table, str]:
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
 
-        found = datasets.load_dataset(HUB[settings.name], split=part)
+        table = datasets.load_dataset(HUB[settings.name], split=part)
     except Exception as error:  # what this library raises without a network differs by version
         raise _no_hub(settings.name, f"{type(error).__name__}: {error}") from error
-    return found.with_format("arrow")[:], HUB[settings.name]  # "arrow": images stay encoded
+    return table.with_format("arrow")[:], HUB[settings.name]  # "arrow": images stay encoded
 
 
 def _no_hub(name: str, why: str) -> ValueError:

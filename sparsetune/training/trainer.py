@@ -2,8 +2,9 @@
 
 The rule to know: `prepare` turns settings into a `Setup` that never changes, `begin` makes the
 first `TrialState`, and `train_epoch` maps a state to the next one and its metrics. Nothing passed
-in is changed, nothing is drawn from a global generator, and inside an epoch the host waits for the
-device only at topology updates.
+in is changed but `setup.model`'s mode (training or not), which whoever calls the model sets first;
+nothing is drawn from a global generator, and inside an epoch the host waits for the device only at
+topology updates.
 """
 
 from __future__ import annotations
@@ -19,10 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from sparsetune.methods import noise
-from sparsetune.methods.contract import (
-    Active,
-    Layers,
-)
+from sparsetune.methods.contract import Layers
 from sparsetune.methods.distribution import random_masks
 from sparsetune.methods.update import activate, seeded_noise, update_alone, update_keys
 from sparsetune.training import data, models, optim
@@ -71,8 +69,7 @@ def begin(setup: Setup) -> TrialState:
     params, buffers, masks = (
         {name: t.to(device) for name, t in tensors.items()} for tensors in (params, buffers, masks)
     )
-    zeros = {name: torch.zeros_like(params[name]) for name in masks}
-    state, extra = begin_method(setup, activate(params, masks, zeros, zeros))
+    state, extra = begin_method(setup, params, masks)
     params |= extra
     if method.masks_of is not None:
         masks = method.masks_of(params)
@@ -91,9 +88,11 @@ def begin(setup: Setup) -> TrialState:
     )
 
 
-def begin_method(setup: Setup, values: dict[str, Active]) -> tuple[Any, Layers]:
+def begin_method(setup: Setup, params: Layers, masks: Layers) -> tuple[Any, Layers]:
     """The method's own state before the first step, and the parameters that it adds."""
     device = setup.device
+    zeros = {name: torch.zeros_like(params[name]) for name in masks}
+    values = activate(params, masks, zeros, zeros)
     targets = {
         name: torch.tensor(num, dtype=torch.float64, device=device)
         for name, num in setup.targets.items()
@@ -192,17 +191,11 @@ def train_step(
         if setup.masks_gradients:
             for name, gate in gates.items():
                 grads[name].mul_(gate)
-        optim.apply_step(
-            settings.optimizer,
-            state.params,
-            grads,
-            state.moments,
-            {name: method.decays(name, setup.variant) for name in state.params},
-            optim.learning_rate(
-                settings.schedule, settings.optimizer.lr, state.step, setup.num_steps
-            ),
-            step,
+        lr = optim.learning_rate(
+            settings.schedule, settings.optimizer.lr, state.step, setup.num_steps
         )
+        decays = {name: method.decays(name, setup.variant) for name in state.params}
+        optim.apply_step(settings.optimizer, state.params, grads, state.moments, decays, lr, step)
         if setup.fixes_weights and not setup.masks_gradients:
             for name, gate in gates.items():
                 state.params[name].mul_(gate)
@@ -270,23 +263,32 @@ def end_epoch(
         masks = setup.method.masks_of(state.params)
         ever = {name: state.ever[name] | mask for name, mask in masks.items()}
         state = state._replace(masks=masks, ever=ever)
-    step_flops = epoch_flops(setup, active, state.updates - before.updates)
-    size = min(setup.settings.train.batch_size, len(setup.train_index))
+    measured = measure(setup, state, before.masks)
+    metrics = epoch_metrics(setup, state, state.updates - before.updates, loss, active, measured)
     state = state._replace(
-        epoch=state.epoch + 1, flops=state.flops + step_flops * setup.steps_per_epoch * size
+        epoch=state.epoch + 1,
+        flops=metrics["flops/total"],
+        diverged=bool(metrics["diverged"]),
     )
-    metrics = {"epoch": state.epoch, "train/loss": loss}
-    metrics |= measure(setup, state, before.masks)
-    metrics |= {"flops/train": step_flops, "flops/total": state.flops}
-    state = state._replace(diverged=has_diverged(state.params, metrics))
-    metrics["diverged"] = float(state.diverged)
     return state, metrics
 
 
-def has_diverged(params: Layers, metrics: Metrics) -> bool:
-    # Validation may look finite (a ReLU turns NaN into 0 on some devices), so weights are asked.
+def epoch_metrics(
+    setup: Setup, state: Any, updates: int, loss: float, active: Iterable[Tensor], measured: Metrics
+) -> Metrics:
+    """All metrics of an epoch but `device_seconds`.
+
+    `state` is a TrialState, or what an engine has instead, whose `epoch` and `flops` are those of
+    the epoch's beginning; in the epoch were so many `updates`. `measured` is what `measure` gives.
+    """
+    flops = epoch_flops(setup, active, updates)
+    total = state.flops + flops * setup.steps_per_epoch * setup.batch_size
+    metrics = {"epoch": state.epoch + 1, "train/loss": loss} | measured
+    metrics |= {"flops/train": flops, "flops/total": total}
     finite = all(math.isfinite(metrics[k]) for k in ("train/loss", "val/loss") if k in metrics)
-    return not (finite and all(bool(p.isfinite().all()) for p in params.values()))
+    # Validation may look finite (a ReLU turns NaN into 0 on some devices), so weights are asked.
+    finite = finite and all(bool(p.isfinite().all()) for p in state.params.values())
+    return metrics | {"diverged": float(not finite)}
 
 
 def epoch_flops(setup: Setup, active: Iterable[Tensor], updates: int) -> float:
@@ -326,31 +328,32 @@ def evaluate(setup: Setup, state: TrialState, arrays: data.Arrays) -> tuple[floa
 def measure(setup: Setup, state: TrialState, earlier: Layers) -> Metrics:
     """Validation and density of a state; `earlier` masks are those of the epoch before.
 
-    `val/loss`, `val/accuracy` (share; where images are held out), what `density_metrics` has and
-    the method's own scalars as `method/<name>`.
+    `val/loss`, `val/accuracy` (share; where images are held out), and what `weight_metrics` has.
     """
     metrics: Metrics = {}
     if len(setup.validation_index):
         train = setup.dataset.train
         held_out = data.Arrays(*(t[setup.validation_index] for t in train))
         metrics["val/loss"], metrics["val/accuracy"] = evaluate(setup, state, held_out)
-    metrics |= density_metrics(
+    return metrics | weight_metrics(
         setup,
+        state,
         active={name: int(mask.count_nonzero()) for name, mask in state.masks.items()},
         seen=sum(int(mask.count_nonzero()) for mask in state.ever.values()),
         new=sum(int((mask & ~earlier[k]).count_nonzero()) for k, mask in state.masks.items()),
     )
-    own = setup.method.metrics(state.params, state.method, setup.hp)
-    return metrics | {f"method/{name}": float(value) for name, value in own.items()}
 
 
-def density_metrics(setup: Setup, active: dict[str, int], seen: int, new: int) -> Metrics:
+def weight_metrics(
+    setup: Setup, state: Any, active: dict[str, int], seen: int, new: int
+) -> Metrics:
     """Shares, from numbers of weights: `active` in each sparse layer; of all sparse layers those
     `seen` active at any time, and those `new` since the epoch before.
 
     `density/all` (active share of all weights), `density/sparse` (of the sparse layers),
-    `density/ever` (of those, ever active), `density/layer/<name>`, and `method/churn` (share of
-    active weights that were absent before) for methods that move them.
+    `density/ever` (of those, ever active), `density/layer/<name>`, `method/churn` (share of active
+    weights that were absent before) for methods that move them, and of the method's own scalars
+    `method/<name>`.
     """
     sizes = {name: shape.numel() for name, shape in setup.sparse.items()}
     whole = sum(shape.numel() for shape in setup.dense.values())
@@ -364,4 +367,5 @@ def density_metrics(setup: Setup, active: dict[str, int], seen: int, new: int) -
         metrics[f"density/layer/{name}"] = active.get(name, shape.numel()) / shape.numel()
     if setup.method.decide is not None or setup.method.emergent:
         metrics["method/churn"] = new / max(num, 1)
-    return metrics
+    own = setup.method.metrics(state.params, state.method, setup.hp)
+    return metrics | {f"method/{name}": float(value) for name, value in own.items()}

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,9 @@ import pytest
 import ray
 
 from sparsetune.cluster.trial import EngineActor, Moved, _records
-from sparsetune.engine.actor import Place, wait_for_company
+from sparsetune.engine.actor import Engine
+from sparsetune.engine.places import Place, wait_for_company
+from sparsetune.engine.pool import Pool
 from sparsetune.settings import ModelSettings, TrainSettings, TrialSettings, to_dict
 from sparsetune.training import checkpoint
 
@@ -199,6 +201,81 @@ def test_an_engine_that_is_killed_comes_back_and_trials_go_on(
             assert time.monotonic() < deadline
             time.sleep(0.2)
     assert losses(trial.run(6)) == whole
+
+
+@pytest.mark.parametrize("broken", ["save", "snapshot"])
+def test_a_checkpoint_that_cannot_be_made_fails_its_trial_alone(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an exception that is no OSError, which would be the storage's."""
+    save, snapshot = checkpoint.save, Pool.snapshot
+
+    def break_for_bad(key: str) -> None:
+        if key == "bad":
+            raise RuntimeError("a bug")
+
+    def breaking_save(folder: Path, *rest: Any) -> Path:
+        break_for_bad(folder.name)
+        return save(folder, *rest)
+
+    def breaking_snapshot(self: Pool, key: Hashable) -> Any:
+        break_for_bad(str(key))
+        return snapshot(self, key)
+
+    if broken == "save":
+        monkeypatch.setattr(checkpoint, "save", breaking_save)
+    else:
+        monkeypatch.setattr(Pool, "snapshot", breaking_snapshot)
+    engine = Engine("cpu", "solo", 4, 1, 0.5, str(tmp_path))
+
+    async def trial(key: str) -> int:
+        token = await engine.attach(key, config(), str(tmp_path / key), 2, [], False)
+        num = 0
+        while num < EPOCHS:
+            num += len(await asyncio.wait_for(engine.after(key, token, num), 60))
+        await engine.detach(key, token)
+        return num
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(trial("good"), trial("bad"), return_exceptions=True)
+
+    good, bad = asyncio.run(both())
+    assert good == EPOCHS and checkpoint.saved_epochs(tmp_path / "good") == [EPOCHS]
+    assert isinstance(bad, RuntimeError) and "RuntimeError: a bug" in str(bad)
+    assert engine._inside.keys() <= {"good"}
+
+
+def test_an_exception_of_the_engine_is_told_and_ends_its_process(
+    cluster: Path, tmp_path: Path
+) -> None:
+    one = engine(cluster)
+    trials = [Trial(one, tmp_path, key, config(6)) for key in "ab"]
+    for trial in trials:
+        trial.next()
+
+    def damage(actor: Any) -> int:
+        def gather() -> None:
+            raise SystemExit("a bug")
+
+        actor._engine._gather = gather
+        return os.getpid()
+
+    process = ray.get(one.__ray_call__.remote(damage))
+    for trial in trials:
+        with pytest.raises(RuntimeError, match="SystemExit: a bug"):
+            while True:
+                trial.next()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert ray.get(one.__ray_call__.remote(lambda self: os.getpid())) != process
+            break
+        except (ray.exceptions.RayActorError, AssertionError):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    for trial in trials:
+        trial.attach()
+        trial.run(6)
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsetune.engine.csr import index
-from sparsetune.engine.csr import slot as csr_trial
-from sparsetune.engine.csr.backend import Csr, unfit
+from sparsetune.engine.csr.backend import Csr
+from sparsetune.engine.csr.slot import begin, restore, snapshot, update_topology
 from sparsetune.engine.solo import Solo
 from sparsetune.methods import noise
 from sparsetune.methods.distribution import random_masks
@@ -163,15 +163,15 @@ def test_one_update_gives_the_trainers_state(
             name: (torch.randn(shape, generator=g) * 4).round()
             for name, shape in setup.sparse.items()
         }
-        trial = csr_trial.restore(setup, checkpoint.encode(state))
+        slot = restore(setup, checkpoint.encode(state))
         flat = {name: grad.flatten() for name, grad in grads.items()}
-        csr_trial.update_topology(
-            trial,
-            {name: flat[name][at] for name, at in trial.index().items()},
+        update_topology(
+            slot,
+            {name: flat[name][at] for name, at in slot.index().items()},
             lambda name, flat=flat: lambda start, stop: -flat[name][start:stop].abs(),  # type: ignore[misc]
         )
         after = trainer.topology_update(setup, state, grads)
-        assert same(csr_trial.snapshot(trial), checkpoint.encode(after))
+        assert same(snapshot(slot), checkpoint.encode(after))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -374,17 +374,17 @@ def test_a_snapshot_of_another_format_is_refused() -> None:
 
 
 def test_what_csr_cannot_train() -> None:
-    assert unfit(prepared(settings("set"))) == ""
-    assert unfit(prepared(settings("sm", variant={"growth": "gradient"}))) == ""
-    assert "every step" in unfit(prepared(settings("sm")))
-    assert "begins dense" in unfit(prepared(settings("dst")))
+    assert Csr.unfit(prepared(settings("set"))) == ""
+    assert Csr.unfit(prepared(settings("sm", variant={"growth": "gradient"}))) == ""
+    assert "every step" in Csr.unfit(prepared(settings("sm")))
+    assert "begins dense" in Csr.unfit(prepared(settings("dst")))
     half = settings("set", train=TrainSettings(precision="bfloat16"))
-    assert "bfloat16" in unfit(prepared(half))
+    assert "bfloat16" in Csr.unfit(prepared(half))
     big = DATASET._replace(
         train=data.Arrays(torch.zeros(400, 1, 28, 28, dtype=torch.uint8), DATASET.train.labels)
     )
     lenet = settings("set", model=ModelSettings(name="lenet5"))
-    assert "lenet5" in unfit(prepared(lenet, CPU, big))
+    assert "lenet5" in Csr.unfit(prepare(lenet, CPU, big))
 
 
 # Positions ----------------------------------------------------------------------------------------
@@ -428,10 +428,10 @@ def test_a_streamed_choice_with_ties_and_nan(chunk: int, monkeypatch: pytest.Mon
 def test_initial_positions_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "CHUNK", 50)
     setup = prepared(settings("set", 1))
-    trial = csr_trial.begin(setup)
+    slot = begin(setup)
     masks = random_masks(setup.sparse, setup.targets, setup.settings.seed)
     for name, mask in masks.items():
-        assert torch.equal(trial.index()[name], mask.flatten().nonzero().squeeze(1))
+        assert torch.equal(slot.index()[name], mask.flatten().nonzero().squeeze(1))
 
 
 def test_growth_by_gradient_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,10 +465,10 @@ def test_sets_of_positions() -> None:
 BIG = """
     import sys, tempfile, torch
     from pathlib import Path
-    from sparsetune import checkpoint, data, trainer
-    from sparsetune.engine.csr import Csr
-    from sparsetune.memory import keep_freed_memory
+    from sparsetune.engine.csr.backend import Csr
     from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
+    from sparsetune.training import checkpoint, data
+    from sparsetune.training.setup import keep_freed_memory, prepare
 
     method, optimizer = sys.argv[1:]
     torch.set_num_threads(1)
@@ -488,7 +488,7 @@ BIG = """
     )
     trial.optimizer.name = optimizer
     trial.optimizer.lr = 0.001
-    setup = prepared(trial, torch.device("cpu"), source)
+    setup = prepare(trial, torch.device("cpu"), source)
     assert setup.targets == {
         "fc1.weight": 15680, "fc2.weight": 400000, "fc3.weight": 200
     }, setup.targets

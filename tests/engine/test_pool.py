@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsetune.engine import Pool, train
-from sparsetune.engine.pool import choose
-from sparsetune.engine.stacked.backend import has_compiler
+from sparsetune.engine.pool import Pool, choose, train
+from sparsetune.engine.stacked.step import has_compiler
 from sparsetune.methods import METHODS
 from sparsetune.settings import ModelSettings, OptimizerSettings, TrialSettings
 from sparsetune.training import trainer

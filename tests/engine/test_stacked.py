@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 import time
@@ -16,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetune.engine.pool import Backend
-from sparsetune.engine.stacked import columns as linear
 from sparsetune.engine.stacked import step
-from sparsetune.engine.stacked.backend import Stacked, has_compiler, unfit
 from sparsetune.engine.stacked.lifted import Lifted, padded
+from sparsetune.engine.stacked.step import has_compiler
 from sparsetune.engine.stacked.turns import Turns
 from sparsetune.methods import METHODS
 from sparsetune.settings import (
@@ -44,11 +42,11 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C++ comp
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 WAYS: dict[str, Callable[[int], Backend]] = {
-    "turns": lambda slots: Turns(compiles=False),
+    "turns": lambda slots: Turns(slots, compiles=False),
     "lifted": lambda slots: Lifted(slots, compiles=False),
 }
 COMPILED: dict[str, Callable[[int], Backend]] = {
-    "turns": lambda slots: Turns(compiles=True),
+    "turns": lambda slots: Turns(slots, compiles=True),
     "lifted": lambda slots: Lifted(slots, compiles=True),
 }
 OPTIMIZERS = {
@@ -244,7 +242,7 @@ def test_compiled_slots_are_what_the_trainer_makes_of_them(
 @pytest.mark.parametrize("method", METHODS)
 def test_turns_that_are_not_compiled_are_the_trainer_to_the_last_bit(method: str) -> None:
     trials = [trial(method, number) for number in range(5)]
-    rows = packed(Turns(compiles=False), trials, 2)
+    rows = packed(Turns(5, compiles=False), trials, 2)
     for slot, settings in enumerate(trials):
         for epoch, (state, metrics) in enumerate(alone(settings, 2)):
             assert_same(checkpoint.encode(rows[epoch][slot][0]), checkpoint.encode(state))
@@ -395,69 +393,17 @@ def test_networks_with_dropout() -> None:
     """In turns they are the trainer's to the last bit; a stack says why it cannot."""
     model = ModelSettings(name=f"{MODULE}:Dropping")
     trials = [trial("set", number, model=model) for number in range(3)]
-    backend = Stacked(3)
+    backend = Turns(3)
     for slot, row in enumerate(packed(backend, trials, 1)[0]):
         assert_same(checkpoint.encode(row[0]), checkpoint.encode(alone(trials[slot], 1)[0][0]))
     setup = prepare(trials[0], CPU)
-    assert unfit(setup) == "" and step.draws(setup)
+    assert Turns.unfit(setup) == "" and step.draws(setup)
+    assert "draws random numbers" in Lifted.unfit(setup)
     assert not step.draws(prepare(trial("set"), CPU))
 
 
 def test_graphs_come_in_few_sizes() -> None:
     assert [padded(slots) for slots in (1, 3, 8, 9, 33, 64)] == [1, 4, 8, 16, 64, 64]
-
-
-# Without constant columns ------------------------------------------------------------------------
-
-
-def test_columns_of_a_batch() -> None:
-    # Columns 1 and 4 vary; a third is kept to have three, the first that does not vary.
-    x = torch.tensor([[5.0, 1, 7, 0, 2], [5.0, 2, 7, 0, 2], [5.0, 1, 7, 0, 3]])
-    taken = linear.columns(x, 3)
-    assert taken is not None
-    assert taken.which.tolist() == [0, 1, 4] and taken.others.tolist() == [2, 3]
-    assert taken.place.tolist() == [0, 1, -1, -1, 2]
-    assert torch.equal(taken.kept, x[:, [0, 1, 4]])
-    assert taken.value[taken.others].tolist() == [7, 0]
-    assert linear.columns(x, 1) is None
-
-
-@pytest.mark.parametrize("widths", [[], [6], [7, 5]])
-@pytest.mark.parametrize("num", [16, 40])
-def test_gradients_without_constant_columns_are_autograds(widths: list[int], num: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(32, 40, generator=generator)
-    x[:, 3:30] = torch.randn(27, generator=generator)
-    labels = torch.randint(0, 4, (32,), generator=generator)
-    params = {}
-    for number, (fan_in, fan_out) in enumerate(itertools.pairwise([40, *widths, 4]), start=1):
-        params[f"fc{number}.weight"] = torch.randn(fan_out, fan_in, generator=generator)
-        params[f"fc{number}.bias"] = torch.randn(fan_out, generator=generator)
-    columns = linear.columns(x, num)
-    assert columns is not None
-    grads, loss = linear.gradients(params, columns, labels)
-
-    wanted = {name: p.clone().requires_grad_() for name, p in params.items()}
-    z = x
-    for number in range(1, len(widths) + 2):
-        z = F.linear(F.relu(z) if number > 1 else z, *list(wanted.values())[2 * number - 2 :][:2])
-    expected = F.cross_entropy(z, labels)
-    expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    for name, p in wanted.items():
-        assert p.grad is not None and grads[name].shape == p.shape
-        torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_where_columns_are_left_out() -> None:
-    """The digits' borders are constant, in most batches; not when augmentation moves them."""
-    digits = prepare(trial("set"), CPU)
-    assert linear.width(digits) in (0, 48)
-    shifted = prepare(trial("set", data=DataSettings(augment="shift")), CPU)
-    assert linear.width(shifted) == 0
-    lenet5 = trial("set", data=DataSettings(name=f"{MODULE}:large_digits"))
-    lenet5.model = ModelSettings(name="lenet5")
-    assert linear.width(prepare(lenet5, CPU)) == 0
 
 
 # On a GPU -----------------------------------------------------------------------------------------
@@ -470,10 +416,10 @@ def test_a_gpus_slots_are_what_the_trainer_makes_of_them(method: str, network: s
     device = torch.device("cuda")
     model = ModelSettings(name=network, widths=[24, 16])
     trials = [trial(method, number, model=model) for number in range(3)]
-    backend = Stacked(3)
+    backend = Lifted(3)
     setups = [prepare(settings, device) for settings in trials]
     for slot, setup in enumerate(setups):
-        assert unfit(setup) == ""
+        assert Lifted.unfit(setup) == ""
         backend.attach(slot, setup, None)
     states = [trainer.begin(setup) for setup in setups]
     for epoch in range(3):

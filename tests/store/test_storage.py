@@ -31,7 +31,7 @@ import sparsetune
 from sparsetune.cli import main
 from sparsetune.cluster.fleet import ClusterError
 from sparsetune.cluster.watch import Watch
-from sparsetune.engine import actor
+from sparsetune.engine import actor, places
 from sparsetune.reports.dashboard import Copy
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.store import journal, lines, lock, paths
@@ -420,8 +420,8 @@ def test_checkpoints_that_cannot_be_written_fail_no_trial(
     """Reading them waits; writing them waits, and is then left out, but for the last one."""
     settings = TrialSettings(method="set", density=0.5, epochs=3)
     settings.data.limit, settings.model.widths = 200, [16]
-    monkeypatch.setattr(actor, "SAVE_SECONDS", 0.4)
-    monkeypatch.setattr(actor, "AWAY_SECONDS", 60.0 if comes_back else 0.0)
+    monkeypatch.setattr(places, "SAVE_SECONDS", 0.4)
+    monkeypatch.setattr(places, "AWAY_SECONDS", 60.0 if comes_back else 0.0)
     engine = actor.Engine("cpu", "solo", 4, 1, 0.5, str(tmp_path))
     newest, save, read, written = checkpoint.newest, checkpoint.save, [], []
 

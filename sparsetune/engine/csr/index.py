@@ -69,8 +69,8 @@ def blocks(
 ) -> Blocks:
     """The slots' patterns of a layer of `shape`, slot k's first column at `first_columns[k]`."""
     begins = [0]
-    for each in patterns:
-        begins.append(begins[-1] + len(each.positions))
+    for layer in patterns:
+        begins.append(begins[-1] + len(layer.positions))
     zero = torch.zeros(1, dtype=torch.int32, device=patterns[0].positions.device)
     slots = range(len(patterns))
     return Blocks(

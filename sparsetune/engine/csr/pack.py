@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetune.engine.csr import index as csr_index
-from sparsetune.engine.csr import optim
-from sparsetune.engine.csr.index import Scores
-from sparsetune.engine.csr.slot import Trial
+from sparsetune.engine.csr.index import Blocks, Scores, blocks
+from sparsetune.engine.csr.slot import Slot
+from sparsetune.training import optim
 
 
 class Layer:
@@ -29,7 +28,7 @@ class Layer:
 
     def __init__(
         self,
-        index: csr_index.Blocks,
+        index: Blocks,
         weight: Tensor,
         bias: Tensor,
         weight_grad: Tensor,
@@ -79,35 +78,79 @@ def nll(log_share: Tensor, labels: Tensor) -> Tensor:
     return -log_share.gather(1, labels[:, None]).squeeze(1)
 
 
+class Vectors:
+    """A number of each trial as one number per value, made again only when it has changed.
+
+    The first of `optim.step_numbers` is another one for segments that weight decay spares.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        owners: Sequence[int],
+        decays: Sequence[bool],
+        no_decay: float,
+        device: torch.device,
+    ) -> None:
+        """Of each segment: values, which trial's it is, and whether weight decay applies to it."""
+        repeats = torch.tensor(lengths, device=device)
+        owner = torch.tensor(owners, device=device)
+        spared = torch.tensor(decays, device=device).logical_not()
+        self._no_decay, self._made = no_decay, dict[int, tuple[list[float], Tensor]]()
+        # Those that are spared have the number after the last trial's.
+        self._decay_owner = owner.masked_fill(spared, max(owners) + 1).repeat_interleave(repeats)
+        self._owner = owner.repeat_interleave(repeats)
+
+    def __call__(self, numbers: Sequence[Sequence[float]]) -> list[Tensor]:
+        """float32 [n] for each of the numbers, which are given by trial."""
+        return [
+            self._vector(place, list(of)) for place, of in enumerate(zip(*numbers, strict=True))
+        ]
+
+    def _vector(self, place: int, numbers: list[float]) -> Tensor:
+        made = self._made.get(place)
+        if made is None or made[0] != numbers:
+            few = torch.tensor(
+                [*numbers, self._no_decay], dtype=torch.float32, device=self._owner.device
+            )
+            owner = self._owner if place else self._decay_owner
+            made = self._made[place] = numbers, few.index_select(0, owner)
+        return made[1]
+
+
 class Pack:
     """Trials as one network; to be made anew when one comes, goes or changes its topology."""
 
-    def __init__(self, trials: list[Trial]) -> None:
-        setup = trials[0].setup
-        self.trials, self.device = trials, setup.device
-        self.width = min(setup.settings.train.batch_size, len(setup.train_index))
-        groups = list(dict.fromkeys(trial.group for trial in trials))
-        self._group_of = [groups.index(trial.group) for trial in trials]
-        self.leaders = [trials[self._group_of.index(g)] for g in range(len(groups))]
+    def __init__(self, slots: list[Slot]) -> None:
+        setup = slots[0].setup
+        self.slots, self.device = slots, setup.device
+        self.width = setup.batch_size
+        groups = list(dict.fromkeys(slot.group for slot in slots))
+        self._group_of = [groups.index(slot.group) for slot in slots]
+        self.leaders = [slots[self._group_of.index(g)] for g in range(len(groups))]
         self._group_index = torch.tensor(self._group_of, device=self.device)
 
-        self._segments = [(name, trial) for name in trials[0].params for trial in trials]
-        self._lengths = [trial.params[name].numel() for name, trial in self._segments]
+        self._segments = [(name, slot) for name in slots[0].params for slot in slots]
+        self._lengths = [slot.params[name].numel() for name, slot in self._segments]
         self._params = self._flatten("params")
         self._first, self._second = self._flatten("first"), self._flatten("second")
         self._grad = torch.zeros_like(self._params)
-        self._vectors = optim.Vectors(self._lengths, self.device)
-        self._settings = [trial.setup.settings.optimizer for _, trial in self._segments]
-        self._decays = [
-            trial.setup.method.decays(name, trial.setup.variant) for name, trial in self._segments
-        ]
+        self._optimizer = setup.settings.optimizer
+        self._num_steps = [slot.setup.num_steps for slot in slots]
+        self._vectors = Vectors(
+            self._lengths,
+            [*range(len(slots))] * len(slots[0].params),
+            [slot.setup.method.decays(name, slot.setup.variant) for name, slot in self._segments],
+            optim.no_decay(self._optimizer),
+            self.device,
+        )
 
-        self._layers, columns = [], len(groups) * next(iter(trials[0].shapes.values()))[1]
+        self._layers, columns = [], len(groups) * next(iter(slots[0].shapes.values()))[1]
         self._input = torch.zeros(columns, self.width, device=self.device)
-        for number, (name, shape) in enumerate(trials[0].shapes.items()):
-            block_of = range(len(trials)) if number else self._group_of
-            index = csr_index.blocks(
-                [trial.patterns[name] for trial in trials],
+        for number, (name, shape) in enumerate(slots[0].shapes.items()):
+            block_of = range(len(slots)) if number else self._group_of
+            index = blocks(
+                [slot.patterns[name] for slot in slots],
                 shape,
                 [block * shape[1] for block in block_of],
                 columns,
@@ -122,7 +165,7 @@ class Pack:
     def _flatten(self, kind: str) -> Tensor:
         """The trials' params or moments as one tensor, of which the trials get views; empty where
         they have none."""
-        held = [(getattr(trial, kind), name) for name, trial in self._segments]
+        held = [(getattr(slot, kind), name) for name, slot in self._segments]
         held = [(tensors, name) for tensors, name in held if name in tensors]
         if not held:
             return torch.empty(0, device=self.device)
@@ -135,7 +178,7 @@ class Pack:
         """The part of a flat tensor that holds one parameter of all trials."""
         number = [segment for segment, _ in self._segments].index(name)
         start = sum(self._lengths[:number])
-        return flat[start : start + sum(self._lengths[number : number + len(self.trials)])]
+        return flat[start : start + sum(self._lengths[number : number + len(self.slots)])]
 
     def forward(self, images: Sequence[Tensor]) -> Tensor:
         """Logits [K, classes, b] from each group's images [b, features]; b is at most `width`."""
@@ -146,7 +189,7 @@ class Pack:
         for layer in self._layers[:-1]:
             self._activations.append(layer.forward(self._activations[-1]).relu_())
         logits = self._layers[-1].forward(self._activations[-1])
-        return logits.view(len(self.trials), -1, self.width)[..., : len(images[0])]
+        return logits.view(len(self.slots), -1, self.width)[..., : len(images[0])]
 
     def labels(self, by_group: Sequence[Tensor]) -> Tensor:
         """[K, b] from the labels [b] of each group."""
@@ -172,13 +215,21 @@ class Pack:
                 self._upstream.insert(0, dy)
         return losses
 
-    def optimize(self, lrs: list[float]) -> None:
-        """One step of every trial with its learning rate; the gradients are used up."""
-        names = len(self._segments) // len(self.trials)
-        steps = [trial.step for trial in self.trials]
-        numbers = optim.Numbers(self._settings, self._decays, lrs * names, steps * names)
-        optim.apply_step(
-            numbers, self._vectors, self._params, self._grad, self._first, self._second
+    def optimize(self) -> None:
+        """The optimizer's step that every trial's `step` counts; the gradients are used up."""
+        numbers = [
+            optim.step_numbers(
+                slot.setup.settings.optimizer, slot.setup.settings.schedule, slot.step, num_steps
+            )
+            for slot, num_steps in zip(self.slots, self._num_steps, strict=True)
+        ]
+        optim.step_in_place(
+            self._optimizer,
+            self._params,
+            self._grad,
+            self._first,
+            self._second,
+            self._vectors(numbers),
         )
 
     def gradients_of(self, k: int) -> dict[str, Tensor]:
@@ -186,15 +237,15 @@ class Pack:
         parts = self._grad.split(self._lengths)
         return {
             name: part.clone()
-            for (name, trial), part in zip(self._segments, parts, strict=True)
-            if trial is self.trials[k]
+            for (name, slot), part in zip(self._segments, parts, strict=True)
+            if slot is self.slots[k]
         }
 
     def gradient_scores(self, k: int) -> Callable[[str], Scores]:
         """{layer: -|gradient|} of any weights of trial k, absent ones too, in the last batch."""
 
         def of_layer(name: str) -> Scores:
-            shapes = self.trials[k].shapes
+            shapes = self.slots[k].shapes
             number = list(shapes).index(name)
             rows, columns = shapes[name]
             block = k if number else self._group_of[k]

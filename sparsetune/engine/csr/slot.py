@@ -1,4 +1,4 @@
-"""One trial of the csr backend: a trainer's state as values at sorted flat positions.
+"""A trial in a slot of the csr backend: a trainer's state as values at sorted flat positions.
 
 The rule to know: `begin`, `restore`, `snapshot` and `update_topology` equal `trainer.begin`,
 `checkpoint.decode`, `checkpoint.encode` and `update.update_alone`, without anything of a sparse
@@ -7,7 +7,6 @@ layer's size.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,18 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetune.engine.csr import index as csr_index
-from sparsetune.engine.csr.index import Pattern, Scores
+from sparsetune.engine.csr.index import (
+    Pattern,
+    Scores,
+    find,
+    lowest_positions,
+    merge,
+    pattern,
+    random_positions,
+    union,
+)
 from sparsetune.methods import noise
-from sparsetune.methods.contract import Active, Growth, Layers, Shapes
-from sparsetune.methods.update import NEW_WEIGHT_DEVIATION
+from sparsetune.methods.contract import Growth, Layers, Shapes
+from sparsetune.methods.update import NEW_WEIGHT_DEVIATION, activate
 from sparsetune.training import checkpoint, models, optim, trainer
 from sparsetune.training.checkpoint import Snapshot
 from sparsetune.training.setup import Setup, batches_key
 
 
 @dataclass
-class Trial:
+class Slot:
     """`params` and moments by name, flat: a weight's values at its pattern's positions, biases
     whole. A layer left dense is one with all positions active that no update touches."""
 
@@ -63,24 +70,13 @@ class Trial:
         for name, at in self.index().items():
             self.active_steps[name] += steps * len(at)
 
-    def learning_rate(self) -> float:
-        """Of the next step."""
-        settings = self.setup.settings
-        return optim.learning_rate(
-            settings.schedule, settings.optimizer.lr, self.step, self._num_steps
-        )
 
-    @functools.cached_property
-    def _num_steps(self) -> int:
-        return self.setup.num_steps
-
-
-def begin(setup: Setup) -> Trial:
+def begin(setup: Setup) -> Slot:
     seed, device = setup.settings.seed, setup.device
     shapes = models.weights(setup.model)
     nothing = torch.empty(0, dtype=torch.int64, device=device)
     index = {
-        name: csr_index.random_positions(
+        name: random_positions(
             noise.key(seed, "mask", 0, name), shape.numel(), nothing, setup.targets[name], device
         )
         for name, shape in setup.sparse.items()
@@ -92,88 +88,86 @@ def begin(setup: Setup) -> Trial:
         weight_shape = shapes[name.rpartition(".")[0] + ".weight"]
         params[name] = models.initial_values(drawn, models.init_bound(weight_shape))
     moments = optim.begin(setup.settings.optimizer, params)
-    return _trial(setup, index, index, params, *moments)
+    return _slot(setup, index, index, params, *moments)
 
 
-def _trial(
+def _slot(
     setup: Setup, index: Layers, ever: Layers, params: Layers, first: Layers, second: Layers
-) -> Trial:
+) -> Slot:
     """With the method's state as it is at the beginning."""
     shapes = models.weights(setup.model)
     patterns = {}
     for number, (name, shape) in enumerate(shapes.items()):
         at = index[name] if name in index else torch.arange(shape.numel(), device=setup.device)
-        patterns[name] = csr_index.pattern(at, shape, with_columns=number > 0)
-    zeros = {name: torch.zeros_like(params[name]) for name in index}
-    method, _ = trainer.begin_method(setup, _active(params, zeros, zeros, index))
-    return Trial(setup, shapes, patterns, dict(ever), params, first, second, method)
+        patterns[name] = pattern(at, shape, with_columns=number > 0)
+    method, _ = trainer.begin_method(setup, params, _all_valid(index))
+    return Slot(setup, shapes, patterns, dict(ever), params, first, second, method)
 
 
-def _active(params: Layers, momenta: Layers, grads: Layers, index: Layers) -> dict[str, Active]:
-    """What a decision sees: values alone, all of them valid."""
-    valid = {name: torch.ones_like(at, dtype=torch.bool) for name, at in index.items()}
-    return {name: Active(params[name], momenta[name], grads[name], valid[name]) for name in index}
+def _all_valid(index: Layers) -> Layers:
+    """What is a mask elsewhere: a decision sees values alone, all of them active."""
+    return {name: torch.ones_like(at, dtype=torch.bool) for name, at in index.items()}
 
 
-def restore(setup: Setup, start: Snapshot) -> Trial:
+def restore(setup: Setup, start: Snapshot) -> Slot:
     checkpoint.check_format(start)
     index = {name: at.to(setup.device) for name, at in start["index"].items()}
 
     def values(packed: dict[str, Any]) -> Layers:
-        found = {}
+        flat = {}
         for name, entry in packed.items():
             value = entry["value"] if "value" in entry else entry["whole"].flatten()
             if "whole" in entry and name in index:
                 value = value[start["index"][name]]
-            found[name] = value.to(setup.device)
-        return found
+            flat[name] = value.to(setup.device)
+        return flat
 
     ever = {name: at.to(setup.device) for name, at in start["ever"].items()}
-    trial = _trial(setup, index, ever, *(values(start[k]) for k in ("params", "first", "second")))
-    trial.method = checkpoint.method_state(trial.method, start, setup.device)
+    slot = _slot(setup, index, ever, *(values(start[k]) for k in ("params", "first", "second")))
+    slot.method = checkpoint.method_state(slot.method, start, setup.device)
     for name, value in start["counts"].items():
-        setattr(trial, name, value)
-    return trial
+        setattr(slot, name, value)
+    return slot
 
 
-def snapshot(trial: Trial) -> Snapshot:
-    shapes = {name: parameter.shape for name, parameter in trial.setup.model.named_parameters()}
+def snapshot(slot: Slot) -> Snapshot:
+    shapes = {name: parameter.shape for name, parameter in slot.setup.model.named_parameters()}
 
     def pack(values: Layers) -> dict[str, Any]:
         copies = {name: value.cpu().clone() for name, value in values.items()}
         return {
             name: {"value": value}
-            if name in trial.setup.sparse
+            if name in slot.setup.sparse
             else {"whole": value.view(shapes[name])}
             for name, value in copies.items()
         }
 
     return checkpoint.snapshot(
-        index={name: at.cpu() for name, at in trial.index().items()},
-        ever={name: at.cpu() for name, at in trial.ever.items()},
-        params=pack(trial.params),
-        first=pack(trial.first),
-        second=pack(trial.second),
+        index={name: at.cpu() for name, at in slot.index().items()},
+        ever={name: at.cpu() for name, at in slot.ever.items()},
+        params=pack(slot.params),
+        first=pack(slot.first),
+        second=pack(slot.second),
         buffers={},
-        state=trial,
+        state=slot,
     )
 
 
 # Topology updates ---------------------------------------------------------------------------------
 
 
-def update_topology(trial: Trial, grads: Layers, gradient_scores: Callable[[str], Scores]) -> None:
+def update_topology(slot: Slot, grads: Layers, gradient_scores: Callable[[str], Scores]) -> None:
     """One prune-and-grow event. `grads` are the values' gradients in the last batch, by sparse
     layer; `gradient_scores` gives -|gradient| at any positions of a layer."""
-    setup, index = trial.setup, trial.index()
+    setup, index = slot.setup, slot.index()
     assert setup.method.decide is not None
-    moments = optim.Moments(trial.first, trial.second)
+    moments = optim.Moments(slot.first, slot.second)
     momenta = optim.momentum_of(setup.settings.optimizer, moments)
-    progress = setup.schedule.progress(trial.step, setup.num_steps)
-    keep, grow, trial.method = setup.method.decide(
-        _active(trial.params, momenta, grads, index),
+    progress = setup.schedule.progress(slot.step, setup.num_steps)
+    keep, grow, slot.method = setup.method.decide(
+        activate(slot.params, _all_valid(index), momenta, grads),
         setup.sparse,
-        trial.method,
+        slot.method,
         setup.hp,
         torch.tensor(progress, dtype=torch.float64, device=setup.device),
         setup.variant,
@@ -184,18 +178,18 @@ def update_topology(trial: Trial, grads: Layers, gradient_scores: Callable[[str]
         grown = at[:0]
         if growth is not None:
             num = int(grow[name])
-            grown = _grown(trial, growth, name, at, keep[name], num, gradient_scores)
-        new_index[name] = _regrow(trial, growth, name, at, keep[name], grown)
-        trial.ever[name] = csr_index.union(trial.ever[name], grown)
-    trial.patterns = trial.patterns | {
-        name: csr_index.pattern(at, setup.sparse[name], trial.patterns[name].has_columns)
+            grown = _grown(slot, growth, name, at, keep[name], num, gradient_scores)
+        new_index[name] = _regrow(slot, growth, name, at, keep[name], grown)
+        slot.ever[name] = union(slot.ever[name], grown)
+    slot.patterns = slot.patterns | {
+        name: pattern(at, setup.sparse[name], slot.patterns[name].has_columns)
         for name, at in new_index.items()
     }
-    trial.updates += 1
+    slot.updates += 1
 
 
 def _grown(
-    trial: Trial,
+    slot: Slot,
     growth: Growth,
     name: str,
     index: Tensor,
@@ -204,15 +198,15 @@ def _grown(
     gradient_scores: Callable[[str], Scores],
 ) -> Tensor:
     """Sorted positions of the `num` weights that grow."""
-    setup = trial.setup
+    setup = slot.setup
     size = setup.sparse[name].numel()
 
     def lowest(excluded: Tensor, num: int) -> Tensor:
         if growth.score == "random":
-            stream = noise.key(setup.settings.seed, "choose", trial.updates, name)
-            return csr_index.random_positions(stream, size, excluded, num, setup.device)
+            stream = noise.key(setup.settings.seed, "choose", slot.updates, name)
+            return random_positions(stream, size, excluded, num, setup.device)
         assert growth.score == "gradient", growth.score
-        return csr_index.lowest_positions(gradient_scores(name), size, excluded, num)
+        return lowest_positions(gradient_scores(name), size, excluded, num)
 
     if growth.regrow_dropped:
         return lowest(index[keep], num)
@@ -221,25 +215,25 @@ def _grown(
     if more <= 0:
         return first
     # `first` is all that was absent, so what is left are the weights dropped in this update.
-    return csr_index.union(first, lowest(csr_index.union(index[keep], first), more))
+    return union(first, lowest(union(index[keep], first), more))
 
 
 def _regrow(
-    trial: Trial, growth: Growth | None, name: str, index: Tensor, keep: Tensor, grown: Tensor
+    slot: Slot, growth: Growth | None, name: str, index: Tensor, keep: Tensor, grown: Tensor
 ) -> Tensor:
     """The new positions; the trial's values and moments move to them. Moments of grown weights
     are zero."""
     kept = keep.nonzero().squeeze(1)
-    positions, order = csr_index.merge(index[kept], grown)
-    zeros = torch.zeros_like(grown, dtype=trial.params[name].dtype)
+    positions, order = merge(index[kept], grown)
+    zeros = torch.zeros_like(grown, dtype=slot.params[name].dtype)
     new = zeros
     if growth is not None and growth.new_value == "normal":
-        stream = noise.key(trial.setup.settings.seed, "value", trial.updates, name)
+        stream = noise.key(slot.setup.settings.seed, "value", slot.updates, name)
         new = noise.normal(stream, grown).mul_(NEW_WEIGHT_DEVIATION).to(zeros.dtype)
     elif growth is not None and growth.new_value == "keep":
-        places, was_active = csr_index.find(grown, index)
-        new = torch.where(was_active, trial.params[name][places], zeros)
-    for values, added in ((trial.params, new), (trial.first, zeros), (trial.second, zeros)):
+        places, was_active = find(grown, index)
+        new = torch.where(was_active, slot.params[name][places], zeros)
+    for values, added in ((slot.params, new), (slot.first, zeros), (slot.second, zeros)):
         if name in values:
             values[name] = torch.cat([values[name][kept], added])[order]
     return positions

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._triton import has_triton
 
 from sparsetune.engine.stacked import step
 from sparsetune.methods.contract import Layers
@@ -43,10 +44,28 @@ def padded(slots: int) -> int:
 
 
 class Lifted:
-    """See `pool.Backend`. `compiles`: the step is fused by Inductor."""
+    """See `pool.Backend`. `compiles`: the step is fused by Inductor; None: if Triton is there."""
 
-    def __init__(self, slots: int, compiles: bool) -> None:
-        self._slots, self._compiles = padded(slots), compiles
+    @staticmethod
+    def unfit(setup: Setup) -> str:
+        """Networks of our own can be lifted."""
+        name = setup.settings.model.name
+        if ":" not in name:
+            return ""
+        if step.draws(setup):
+            return f"{name} draws random numbers in its forward pass, which differ in a stack"
+        try:
+            probe = Lifted(1, compiles=False)
+            probe.attach(0, setup, None)
+            probe.try_step()
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            return f"{name} cannot be lifted over trials by torch.vmap: {reason}"
+        return ""
+
+    def __init__(self, slots: int, compiles: bool | None = None) -> None:
+        self._slots = padded(slots)
+        self._compiles = has_triton() if compiles is None else compiles
         self._held: dict[int, Held] = {}
         self._stack: Stack | None = None
 
@@ -112,19 +131,20 @@ class Lifted:
             slot: held.setup.schedule.progress(held.state.step, held.setup.num_steps)
             for slot, held in due.items()
         }
-        some = next(iter(due))
+        some = next(iter(streams.values()))
         keys = {
             name: Keys(
-                *(
-                    torch.stack([streams.get(k, streams[some])[name][i] for k in stack.range])
-                    for i in range(len(Keys._fields))
+                *map(
+                    torch.stack,
+                    zip(*(streams.get(k, some)[name] for k in stack.range), strict=True),
                 )
             )
             for name in stack.masks
         }
 
         def update(*args: Any) -> Any:
-            params, masks, momenta, grads, state, hp, done, key = args
+            params, masks, moments, eps, grads, state, hp, done, key = args
+            momenta = optim.momentum_of(setup.settings.optimizer, moments, eps)
             return lifted_update(
                 setup.method, params, masks, momenta, grads, state, setup.variant, hp, done, key
             )
@@ -134,7 +154,8 @@ class Lifted:
         params, masks, reset, state = torch.vmap(update)(
             {name: stack.running.params[name] for name in stack.masks},
             stack.masks,
-            stack.momenta(setup),
+            optim.Moments(stack.running.first, stack.running.second),
+            stack.epsilon,
             {name: stack.raw[name] for name in stack.masks},
             stack.method,
             stack.hp,
@@ -174,20 +195,16 @@ class Stack:
                 active,
             ),
         )
-        steps, size = setup.steps_per_epoch, self._batch_size
+        steps, size = setup.steps_per_epoch, setup.batch_size
         numbers = optim.step_numbers(setup.settings.optimizer, setup.settings.schedule, 1, 1)
         self._places = torch.zeros(steps, slots, size, dtype=torch.int64, device=setup.device)
         self._numbers = torch.zeros(steps, slots, len(numbers), device=setup.device)
-        self._epsilon = torch.zeros(slots, device=setup.device)
+        self.epsilon = torch.zeros(slots, device=setup.device)
         self._step_number = torch.zeros(1, dtype=torch.int64, device=setup.device)
         self._offsets: data.Offsets | None = None
         self.raw: Layers = {}
         self._lifted: Callable[..., Any] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def _batch_size(self) -> int:
-        return min(self._setup.settings.train.batch_size, len(self._setup.train_index))
 
     def put(self, slot: int, setup: Setup, state: TrialState) -> None:
         """A slot's tensors from a state's; sums are left alone."""
@@ -198,7 +215,7 @@ class Stack:
         ours = (tuple(self.running[:5]), self.masks, self.ever, self.method, self.hp, self._active)
         for stacked, tensor in zip(*map(pytree.tree_leaves, (ours, theirs)), strict=True):
             stacked[slot].copy_(tensor)
-        self._epsilon[slot] = setup.settings.optimizer.eps
+        self.epsilon[slot] = setup.settings.optimizer.eps
 
     def put_masks(self, slot: int, masks: Layers, ever: Layers) -> None:
         for stacked, theirs in ((self.masks, masks), (self.ever, ever)):
@@ -231,30 +248,18 @@ class Stack:
     def state(self, slot: int, counts: TrialState) -> TrialState:
         """The slot's state, of views; its numbers are those of `counts`."""
 
-        def one(layers: Layers) -> Layers:
-            return {name: tensor[slot] for name, tensor in layers.items()}
-
-        params, buffers, first, second, *_ = self.running
-        return counts._replace(
-            params=one(params),
-            buffers=one(buffers),
-            moments=optim.Moments(one(first), one(second)),
-            masks=one(self.masks),
-            ever=one(self.ever),
-            method=pytree.tree_map(lambda tensor: tensor[slot], self.method),
+        stacked = (*self.running[:4], self.masks, self.ever, self.method)
+        params, buffers, first, second, masks, ever, method = pytree.tree_map(
+            lambda tensor: tensor[slot], stacked
         )
-
-    def momenta(self, setup: Setup) -> Layers:
-        """`optim.momentum_of` of all slots."""
-        names = list(self.masks)
-        first, second = self.running.first, self.running.second
-        if setup.settings.optimizer.name == "sgd":
-            return {name: first[name] for name in names}
-        return {
-            name: first[name]
-            / (second[name].sqrt() + self._epsilon.view(-1, *[1] * (first[name].dim() - 1)))
-            for name in names
-        }
+        return counts._replace(
+            params=params,
+            buffers=buffers,
+            moments=optim.Moments(first, second),
+            masks=masks,
+            ever=ever,
+            method=method,
+        )
 
     def begin_epoch(self, held: dict[int, Held]) -> None:
         """Fills the tables of batches and numbers."""
@@ -282,15 +287,10 @@ class Stack:
 
     def _fill_offsets(self, offsets: list[data.Offsets | None]) -> None:
         """All slots' augmentation in one table: slot k's image i is at k * num + i."""
-        given = next((each for each in offsets if each is not None), None)
-        if given is None:
+        some = next((own for own in offsets if own is not None), None)
+        if some is None:
             return
-        table = data.Offsets(
-            *(
-                torch.cat(fields)
-                for fields in zip(*(each or given for each in offsets), strict=True)
-            )
-        )
+        table = data.Offsets(*map(torch.cat, zip(*(own or some for own in offsets), strict=True)))
         if self._offsets is None:
             self._offsets = table
         for old, new in zip(self._offsets, table, strict=True):

@@ -8,6 +8,7 @@ slot alone, compiled, and under `torch.vmap` all slots of a GPU at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from torch.func import functional_call, grad_and_value
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from sparsetune.engine.stacked import columns
 from sparsetune.methods.contract import Layers
 from sparsetune.training import models, optim
 from sparsetune.training.setup import Setup
@@ -71,28 +71,20 @@ def make(setup: Setup) -> Step:
             logits = functional_call(model, params | buffers, (images,))
         return F.cross_entropy(logits.float(), labels), buffers
 
-    def gradients(
-        used: Layers, buffers: Layers, images: Tensor | columns.Columns, labels: Tensor
-    ) -> tuple[Layers, Tensor, Layers]:
-        if isinstance(images, columns.Columns):
-            return *columns.gradients(used, images, labels), buffers
-        grads, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(
-            used, buffers, images, labels
-        )
-        return grads, loss, buffers
-
     def step(
         running: Running,
         state: Any,
         hp: Any,
         numbers: Tensor,
-        images: Tensor | columns.Columns,
+        images: Tensor,
         labels: Tensor,
     ) -> tuple[Running, Layers]:
         params, gates = running.params, running.gates
         used = method.sparsify(params, gates, state, hp, variant)
         used = {name: used[name] for name in names}
-        raw, loss, buffers = gradients(used, running.buffers, images, labels)
+        raw, (loss, buffers) = grad_and_value(loss_of, has_aux=True)(
+            used, running.buffers, images, labels
+        )
         grads = raw
         if method.pull_back is not None:
             grads = method.pull_back(dict(raw), params, gates, hp, variant)
@@ -147,6 +139,16 @@ def compiled(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..
         return pytree.tree_unflatten(code(*pytree.tree_leaves(args)), outer[0])
 
     return run
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Can torch make code for this CPU: is there a C++ compiler, and does it work?"""
+    try:
+        compiled(torch.add, (torch.ones(16), torch.ones(16)))
+    except (RuntimeError, OSError):  # Inductor's own errors are RuntimeErrors
+        return False
+    return True
 
 
 def draws(setup: Setup) -> bool:

@@ -2,9 +2,9 @@
 
 The rule to know: on a CPU the matrix products of one trial already keep a core busy, and its
 weights stay in the cache when it takes several steps in a row; stacking trials into larger
-products is slower. What is gained comes from preparing a batch once for all slots, from compiling
-the step whole, and from leaving out constant pixels (`linear`). No slot's tensors are ever part of
-an operation of another's. Not compiled, a slot is the solo trainer to the last bit.
+products is slower. What is gained comes from preparing a batch once for all slots and from
+compiling the step whole. No slot's tensors are ever part of an operation of another's. Not
+compiled, a slot is the solo trainer to the last bit.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sparsetune.engine.stacked import columns as linear
 from sparsetune.engine.stacked import step
 from sparsetune.methods import noise
-from sparsetune.methods.contract import Layers
 from sparsetune.training import checkpoint, optim, trainer
 from sparsetune.training.checkpoint import Snapshot
 from sparsetune.training.setup import Setup, batches, batches_key, inputs, is_due
@@ -28,11 +26,7 @@ from sparsetune.training.trainer import Metrics, TrialState
 
 STEPS_PER_TURN = 16  # their batches fit a cache; fewer would fetch a slot's weights more often
 
-
-class Batch(NamedTuple):
-    images: Tensor  # [B, c, h, w] float32
-    labels: Tensor  # [B]
-    columns: linear.Columns | None  # of the images, where it pays and they are few enough
+Batch = tuple[Tensor, Tensor]  # images [B, c, h, w] float32, labels [B]
 
 
 class Slot(NamedTuple):
@@ -46,16 +40,11 @@ class Compiled:
     def __init__(self, setup: Setup) -> None:
         self._pure = step.make(setup)
         self._code: Callable[..., Any] | None = None
-        self.columns = linear.width(setup)
-
-    def laid_out(self, tensors: Layers) -> Layers:
-        """The tensors with the layout that the step is fastest with."""
-        return linear.laid_out(tensors, "fc1.weight") if self.columns else tensors
 
     @torch.no_grad()
     def __call__(self, fixed: Fixed, numbers: Tensor, batch: Batch) -> None:
         """One step, in place."""
-        varying = (numbers, batch.columns if self.columns else batch.images, batch.labels)
+        varying = (numbers, *batch)
         if self._code is None:
             self._code = step.compiled(self._in_place, (*fixed.args, *varying))
         self._code(fixed.leaves, varying)
@@ -96,33 +85,26 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random)
             for batch in batches:
-                if self._compiled is not None and self._can_compile(batch):
-                    self._compiled_step(batch)
-                else:
+                if self._compiled is None or is_due(self.setup, self.state.step + 1):
                     self._step(batch)
+                else:
+                    self._compiled_step(self._compiled, batch)
             self._random = torch.get_rng_state()
-
-    def _can_compile(self, batch: Batch) -> bool:
-        assert self._compiled is not None
-        fits = batch.columns is not None or not self._compiled.columns
-        return fits and not is_due(self.setup, self.state.step + 1)
 
     def _step(self, batch: Batch) -> None:
         self._sums[1:] += self._active
         held = self._gates
         self.state, self._gates, loss = trainer.train_step(
-            self.setup, self.state, self._gates, batch.images, batch.labels
+            self.setup, self.state, self._gates, *batch
         )
         self._sums[0] += loss
         if self._gates is not held:
             self._active = trainer.num_active(self.setup, self._gates)
             self._fixed = None
 
-    def _compiled_step(self, batch: Batch) -> None:
-        assert self._compiled is not None
+    def _compiled_step(self, compiled: Compiled, batch: Batch) -> None:
         setup, state = self.setup, self.state
         if self._fixed is None:
-            self._gates = self._compiled.laid_out(self._gates)
             running = step.Running(
                 state.params, state.buffers, *state.moments, self._gates, self._sums
             )
@@ -132,7 +114,7 @@ class Run:
         numbers = optim.step_numbers(
             setup.settings.optimizer, setup.settings.schedule, state.step + 1, setup.num_steps
         )
-        self._compiled(self._fixed, torch.tensor(numbers), batch)
+        compiled(self._fixed, torch.tensor(numbers), batch)
         self.state = state._replace(step=state.step + 1)
 
     def end(self) -> tuple[TrialState, Metrics]:
@@ -141,10 +123,15 @@ class Run:
 
 
 class Turns:
-    """See `pool.Backend`."""
+    """See `pool.Backend`. `compiles`: None where there is a compiler. Without one a slot costs what
+    it costs alone, less its share of preparing the batches."""
 
-    def __init__(self, compiles: bool) -> None:
-        self._compiles = compiles
+    @staticmethod
+    def unfit(setup: Setup) -> str:
+        return ""
+
+    def __init__(self, slots: int, compiles: bool | None = None) -> None:
+        self._compiles = step.has_compiler() if compiles is None else compiles
         self._compiled: Compiled | None = None
         self._slots: dict[int, Slot] = {}
 
@@ -152,11 +139,7 @@ class Turns:
         if self._compiles and self._compiled is None and not step.draws(setup):
             self._compiled = Compiled(setup)
         state = trainer.begin(setup) if start is None else checkpoint.decode(setup, start)
-        state = trainer.copied(state)
-        if self._compiled is not None:
-            moments = optim.Moments(*map(self._compiled.laid_out, state.moments))
-            state = state._replace(params=self._compiled.laid_out(state.params), moments=moments)
-        self._slots[slot] = Slot(setup, state)
+        self._slots[slot] = Slot(setup, trainer.copied(state))
 
     def advance(self) -> dict[int, Metrics]:
         began = time.perf_counter()
@@ -178,13 +161,8 @@ class Turns:
         """One epoch of slots whose batches are equal."""
         setup = runs[0].setup
         epoch = batches(setup, runs[0].state.epoch)
-        num = self._compiled.columns if self._compiled else 0
         for places in epoch.places.split(STEPS_PER_TURN):
-            images, labels = inputs(setup, epoch, places)
-            turn = [
-                Batch(x, y, linear.columns(x.flatten(1), num) if num else None)
-                for x, y in zip(images, labels, strict=True)
-            ]
+            turn = list(zip(*inputs(setup, epoch, places), strict=True))
             for run in runs:
                 run.turn(turn)
 
