@@ -134,7 +134,7 @@ def tune_all(
                 "`ray job submit`"
             ) from error
         try:
-            fleet = Fleet(settings, open_trials, default_slots, needs, watch.progress.note)
+            fleet = Fleet(settings, open_trials, default_slots, needs, watch.display.note)
             fleet.begin()
             searcher = JournalSearcher(
                 members,

@@ -24,6 +24,7 @@ from sparsetune.space.member import Sweep
 from sparsetune.store.layout import trial_folder
 from sparsetune.store.paths import StorageAway, Trouble, insist
 from sparsetune.sweeps.create import Writable, search_member
+from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.status import is_done
 from sparsetune.training import checkpoint, trainer
 from sparsetune.training.setup import setup_of
@@ -80,7 +81,7 @@ def trainable(config: dict[str, Any]) -> None:
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def train_alone(one: Writable, watch: Watch) -> None:
+def train_alone(one: Writable, watch: Watch, progress: Progress) -> None:
     """The open and new trials of a member one after another in this process, without Ray."""
     settings, record = one.member.settings, one.journal.record
     scheduling = Sweep("", Path(), [one.member]).scheduling
@@ -107,7 +108,7 @@ def train_alone(one: Writable, watch: Watch) -> None:
                 metrics = found
                 if metrics["epoch"] > len(trial.reports):
                     search.report(trial.number, int(metrics["epoch"]), metrics, "CONTINUE")
-                watch.progress.epoch(one.member.name, metrics, trial_settings.epochs)
+                progress.epoch(one.member.name, metrics, trial_settings.epochs)
                 watch.send()
             if trial.status == "failed":
                 continue

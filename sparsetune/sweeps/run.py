@@ -51,7 +51,7 @@ def run(members: list[Writable]) -> int:
         for one in members:
             one.journal.trouble = watch.trouble
         if command == "train":
-            train_alone(members[0], watch)
+            train_alone(members[0], watch, bar)
         elif not _all_done(members):
             scheduling = Sweep("", Path(), [one.member for one in members]).scheduling
             tune(members, [search_member(one, scheduling) for one in members], scheduling, watch)
