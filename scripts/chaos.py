@@ -216,7 +216,7 @@ class Chaos:
             opened = journal.Journal.open(copy)
             member = Member.from_header(opened.record.header["member"])
             scheduling = Sweep("", Path(), [member]).scheduling
-            search = MemberStudy(member.search_member(opened), member.settings.seed)
+            search = MemberStudy(member, opened, member.settings.seed)
             if scheduling.name != "asha":
                 return []
             asha = Asha(scheduling.grace, scheduling.reduction)

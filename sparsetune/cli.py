@@ -127,20 +127,22 @@ def _preview(resolved: Any) -> str:
     import optuna
     import yaml
 
+    from sparsetune.search.sampler import make_sampler
     from sparsetune.settings import to_dict
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lines = []
     for member in resolved.members:
         lines += [f"# {member.name}", yaml.safe_dump(to_dict(member.settings), sort_keys=False)]
-        for number, point in enumerate(member.start_points[: member.settings.trials]):
+        points = member.space.points()
+        for number, point in enumerate(points[: member.settings.trials]):
             lines.append(
                 f"# trial {number}, start point {point.name}: {point.params | point.fixed}"
             )
-        begun = len(member.start_points)
-        study = optuna.create_study(directions=member.directions, sampler=member.make_sampler(0))
-        for number in range(begun, min(begun + 3, member.settings.trials)):
-            lines.append(f"# trial {number}, such as: {member.ask(study.ask())}")
+        sampler = make_sampler(member.settings.sampler, seed=0)
+        study = optuna.create_study(directions=member.directions, sampler=sampler)
+        for number in range(len(points), min(len(points) + 3, member.settings.trials)):
+            lines.append(f"# trial {number}, such as: {member.space.suggest(study.ask())}")
         lines.append("")
     return "\n".join(
         [

@@ -19,7 +19,7 @@ from typing import Any
 from sparsetune.cluster.fleet import ClusterError, Fleet
 from sparsetune.cluster.trial import sweep_trial
 from sparsetune.cluster.watch import Watch
-from sparsetune.search.study import SearchMember
+from sparsetune.search.study import MemberStudy
 from sparsetune.space.config import RaySettings, SweepSettings
 from sparsetune.space.member import Scheduling
 
@@ -83,7 +83,7 @@ def _running_here() -> str:
 
 
 def tune_all(
-    members: list[SearchMember],
+    studies: list[MemberStudy],
     settings: SweepSettings,
     scheduling: Scheduling,
     default_slots: Callable[[bool | None], int],
@@ -113,8 +113,8 @@ def tune_all(
     # processes are on one node as far as it has what they ask for.
     memory = 1 if address == "local" else TRIAL_BYTES
     open_trials = sum(
-        member.record.asked - sum(t.status != "running" for t in member.record.trials.values())
-        for member in members
+        study.record.asked - sum(t.status != "running" for t in study.record.trials.values())
+        for study in studies
     )
     with watch.signals(), tempfile.TemporaryDirectory() as scratch:
         try:
@@ -137,13 +137,12 @@ def tune_all(
             fleet = Fleet(settings, open_trials, default_slots, needs, watch.display.note)
             fleet.begin()
             searcher = JournalSearcher(
-                members,
-                settings.seed,
+                studies,
                 fleet.places,
                 settings.concurrency,
                 fleet.detach,
                 fleet.follow,
-                settings.failures,
+                scheduling.decisions(settings.epochs),
             )
             asha = (
                 Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None

@@ -38,14 +38,14 @@ from sparsetune.comparison.winners import (
     winner,
 )
 from sparsetune.machine import versions
-from sparsetune.search.study import StartPoint
 from sparsetune.space.config import replaced
 from sparsetune.space.member import Member, Scheduling
+from sparsetune.space.space import Point
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal, Trial
 from sparsetune.store.layout import resume_command, trial_folder
 from sparsetune.store.paths import CheckpointLost, insist
-from sparsetune.sweeps.create import Extension, Writable, note_driver, opened, search_member
+from sparsetune.sweeps.create import Extension, Writable, note_driver, opened
 from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.recording import Recording, wandb_folder
 from sparsetune.sweeps.run import tune
@@ -212,17 +212,17 @@ def _runs_member(one: Writable, multiplier: int) -> Member:
     return dataclasses.replace(one.member, name=name, settings=settings)
 
 
-def _wanted(one: Confirmation) -> list[StartPoint]:
+def _wanted(one: Confirmation) -> list[Point]:
     """The runs that are there, and after them those that are missing, as far as is known yet."""
     record, asked = one.runs.journal.record, one.header
     begun = [
-        StartPoint(trial.origin.removeprefix("start:"), trial.params, trial.fixed, in_study=False)
+        Point(trial.origin.removeprefix("start:"), trial.params, trial.fixed, in_study=False)
         for trial in record.trials.values()
     ]
     first = asked["seeds"][0]
     seeds, candidates = range(first, first + one.seeds), asked["candidates"]
     winners = _winners(one)
-    wanted: list[StartPoint] = []
+    wanted: list[Point] = []
     ranked = [
         number
         for numbers in candidates.values()
@@ -247,12 +247,12 @@ def _target(key: str) -> float | None:
     return None if key == "None" else float(key)
 
 
-def _run(one: Confirmation, name: str, number: int, seed: int) -> StartPoint:
+def _run(one: Confirmation, name: str, number: int, seed: int) -> Point:
     trial = one.search.journal.record.trials[number]
     fixed = trial.fixed | {"seed": seed, "order_seed": seed}
     if name != "rank" and one.header["full"]:
         fixed["data.validation"] = 0.0
-    return StartPoint(f"{name} {number}", trial.params, fixed, in_study=False)
+    return Point(f"{name} {number}", trial.params, fixed, in_study=False)
 
 
 # Running it ---------------------------------------------------------------------------------------
@@ -376,13 +376,8 @@ def run(confirmations: list[Confirmation]) -> int:
             one.runs.journal.trouble = watch.trouble
         # First the rankings, then the winners, whom nobody knows before.
         while watch.leaving_since is None and (due := [o for o in confirmations if _extend(o)]):
-            searches = []
-            for one in due:
-                points = _wanted(one)
-                searched = search_member(one.runs, NO_STOPPING)
-                searched = dataclasses.replace(searched, start_points=points, samples=False)
-                searches.append(searched)
-            tune([one.runs for one in due], searches, NO_STOPPING, watch)
+            runs = [_wanted(one) for one in due]
+            tune([one.runs for one in due], NO_STOPPING, watch, runs)
         for one in confirmations if watch.leaving_since is None else ():
             read_tests(one, watch)
     recording.send(last=True)

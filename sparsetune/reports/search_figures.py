@@ -181,7 +181,7 @@ def importance(search: Search) -> dict[str, float]:
         if trial.in_study:
             # As wide as the ranges are now: they may have been narrower when it was suggested.
             known = optuna.trial.FixedTrial(trial.params)
-            search.member.ask(known)
+            search.member.space.suggest(known)
             study.add_trial(
                 optuna.trial.create_trial(
                     params=trial.params,

@@ -20,10 +20,9 @@ from sparsetune.cluster.watch import Watch
 from sparsetune.search.study import MemberStudy
 from sparsetune.settings import TrialSettings
 from sparsetune.space.config import trial_settings
-from sparsetune.space.member import Sweep
 from sparsetune.store.layout import trial_folder
 from sparsetune.store.paths import StorageAway, Trouble, insist
-from sparsetune.sweeps.create import Writable, search_member
+from sparsetune.sweeps.create import Writable
 from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.status import is_done
 from sparsetune.training import checkpoint, trainer
@@ -84,8 +83,7 @@ def trainable(config: dict[str, Any]) -> None:
 def train_alone(one: Writable, watch: Watch, progress: Progress) -> None:
     """The open and new trials of a member one after another in this process, without Ray."""
     settings, record = one.member.settings, one.journal.record
-    scheduling = Sweep("", Path(), [one.member]).scheduling
-    search = MemberStudy(search_member(one, scheduling), settings.seed)
+    search = MemberStudy(one.member, one.journal, settings.seed)
     with watch.signals():
         while not is_done(record) and watch.leaving_since is None:
             running = [trial for trial in record.trials.values() if trial.status == "running"]

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsetune.machine import hardware, versions
-from sparsetune.search.study import SearchMember
 from sparsetune.space import config
-from sparsetune.space.member import Member, Scheduling, Sweep
+from sparsetune.space.member import Member, Sweep
 from sparsetune.space.resolve import check_machine
 from sparsetune.space.space import Space
 from sparsetune.store.journal import Journal, SweepLock, exists
-from sparsetune.store.layout import inside, member_folders, resume_command, trial_folder
+from sparsetune.store.layout import inside, member_folders, resume_command
 from sparsetune.store.paths import S3Path
 from sparsetune.sweeps import unchanged
 
@@ -187,23 +186,6 @@ def _extend(members: list[Writable], wanted: Extension) -> None:
         failed = [trial.number for trial in record.trials.values() if trial.status == "failed"]
         for number in failed if wanted.retry_failed else ():
             one.journal.append({"type": "retry", "number": number})
-
-
-def search_member(one: Writable, scheduling: Scheduling) -> SearchMember:
-    """The member as the searcher sees it; trials are told where they live."""
-    settings = one.member.settings
-
-    def configure(params: dict[str, Any], fixed: dict[str, Any], number: int) -> dict[str, Any]:
-        about = {
-            "folder": str(trial_folder(one.folder, number)),
-            "decisions": scheduling.decisions(settings.epochs),
-            "save_every": settings.checkpoint.every,
-            "generation": one.journal.record.generation,
-            "failures": settings.failures,
-        }
-        return one.member.configure(params, fixed, number) | {"trial": about}
-
-    return dataclasses.replace(one.member.search_member(one.journal), configure=configure)
 
 
 def note_driver(members: list[Writable]) -> None:

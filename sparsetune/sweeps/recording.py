@@ -9,6 +9,7 @@ import math
 import sys
 from pathlib import Path
 
+from sparsetune.settings import to_dict
 from sparsetune.space.member import Member
 from sparsetune.store.journal import Trial
 from sparsetune.store.paths import S3Path
@@ -63,7 +64,7 @@ class Recording:
                 name=one.member.run_name(trial.params | trial.fixed, number),
                 group=group,
                 job_type=job_type,
-                config=one.member.configure(trial.params, trial.fixed, number)
+                config=to_dict(one.member.trial_settings(trial.params, trial.fixed))
                 | {"member": name, "trial": number},
             )
             sent[number] = 0

@@ -20,14 +20,15 @@ from sparsetune.cluster.nodes import needs, users_modules
 from sparsetune.cluster.tuner import check_cluster, tune_all
 from sparsetune.cluster.watch import Watch
 from sparsetune.engine.pool import Choice, structure
-from sparsetune.search.study import SearchMember
+from sparsetune.search.study import MemberStudy
 from sparsetune.settings import to_dict
 from sparsetune.space.member import Scheduling, Sweep
 from sparsetune.space.resolve import engine_choice
+from sparsetune.space.space import Point
 from sparsetune.store.layout import resume_command
 from sparsetune.store.paths import S3Path
 from sparsetune.sweeps.alone import train_alone
-from sparsetune.sweeps.create import Writable, note_driver, search_member
+from sparsetune.sweeps.create import Writable, note_driver
 from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.recording import Recording, wandb_folder
 from sparsetune.sweeps.status import is_done, print_result
@@ -54,25 +55,32 @@ def run(members: list[Writable]) -> int:
             train_alone(members[0], watch, bar)
         elif not _all_done(members):
             scheduling = Sweep("", Path(), [one.member for one in members]).scheduling
-            tune(members, [search_member(one, scheduling) for one in members], scheduling, watch)
+            tune(members, scheduling, watch)
     recording.send(last=True)
     return _close(folder, members, recording)
 
 
 def tune(
-    members: list[Writable], searches: list[SearchMember], scheduling: Scheduling, watch: Watch
+    members: list[Writable],
+    scheduling: Scheduling,
+    watch: Watch,
+    runs: list[list[Point]] | None = None,
 ) -> None:
-    """Trains, under Ray, what the members' journals lack of `searches`."""
+    """Trains, under Ray, what the members' journals lack: of a search, or, for each member, of the
+    `runs` that there are to be."""
+    settings = members[0].member.settings
     choices = _choices(members, None)
-    for search, one, choice in zip(searches, members, choices, strict=True):
-        search.group = structure(one.member.trial_settings({}, {}), choice.name)
+    studies = []
+    for number, (one, choice) in enumerate(zip(members, choices, strict=True)):
+        group = structure(one.member.trial_settings({}, {}), choice.name)
+        points = None if runs is None else runs[number]
+        studies.append(MemberStudy(one.member, one.journal, settings.seed, points, group))
 
     def slots(on_gpu: bool | None) -> int:
         return _slots(members, choices if on_gpu is None else _choices(members, on_gpu))
 
     with _needs(members) as (needed, sent):
-        settings = members[0].member.settings
-        tune_all(searches, settings, scheduling, slots, needed, sent, watch)
+        tune_all(studies, settings, scheduling, slots, needed, sent, watch)
 
 
 def _choices(members: list[Writable], on_gpu: bool | None) -> list[Choice]:

@@ -20,10 +20,10 @@ from sparsetune.comparison.values import Cell, Comparison
 from sparsetune.reports import search_figures, tables
 from sparsetune.reports.runs_csv import save_csv, write_csv
 from sparsetune.search.study import MemberStudy
-from sparsetune.space.member import Member, Sweep
+from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal, Trial
-from sparsetune.sweeps.create import opened, search_member
+from sparsetune.sweeps.create import opened
 
 SETTLED = ["density=0.2", "trials=4"]
 
@@ -289,8 +289,7 @@ def told_more(path: Path) -> None:
     """The trials that a search was extended by, in its first member."""
     with opened(path.parent, path.name) as members:
         (one,) = members
-        scheduling = Sweep("", Path(), [one.member]).scheduling
-        search = MemberStudy(search_member(one, scheduling), 0)
+        search = MemberStudy(one.member, one.journal, 0)
         while search.wants_more:
             trial = search.suggest()
             metrics = dict(one.journal.record.trials[0].reports[-1].metrics)

@@ -10,7 +10,7 @@ from sparsetune.search.study import MemberStudy
 from sparsetune.space.member import Member
 from sparsetune.space.resolve import resolve
 from sparsetune.store.journal import Journal, Trial
-from sparsetune.sweeps.create import Extension, create, opened, search_member
+from sparsetune.sweeps.create import Extension, create, opened
 
 EPOCHS = 2
 WORDS = ["model.name=mlp", "model.widths=[32,16]", f"epochs={EPOCHS}", "wandb.mode=disabled"]
@@ -35,7 +35,7 @@ def told(folder: Path, spaces: Iterable[str], *words: str, tell: Tell = accuracy
     path = create(resolved, "sweep")
     with opened(resolved.storage, resolved.name) as members:
         for one in members:
-            search = MemberStudy(search_member(one, resolved.scheduling), 0)
+            search = MemberStudy(one.member, one.journal, 0)
             for _ in range(one.journal.record.asked):
                 _train(one.journal, search, search.suggest(), "search", one.member, tell)
     return path
@@ -47,9 +47,8 @@ def confirmed(path: Path, *words: str, tell: Tell = accuracy, name: str = "") ->
     with confirm.begun(path.parent, name or path.name, asked, Extension()) as all_:
         for one in all_:
             while one.header["candidates"] and confirm._extend(one):
-                searched = search_member(one.runs, confirm.NO_STOPPING)
-                searched.start_points = confirm._wanted(one)
-                search = MemberStudy(searched, 0)
+                runs = confirm._wanted(one)
+                search = MemberStudy(one.runs.member, one.runs.journal, 0, runs)
                 while len(one.runs.journal.record.trials) < one.runs.journal.record.asked:
                     trial, writer = search.suggest(), one.runs.journal
                     role = winners.role(trial)[0]

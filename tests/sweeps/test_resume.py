@@ -29,7 +29,7 @@ from sparsetune.space.resolve import resolve
 from sparsetune.store import journal
 from sparsetune.sweeps import run as sweep
 from sparsetune.sweeps import source_code
-from sparsetune.sweeps.create import Extension, Writable, create, opened, search_member
+from sparsetune.sweeps.create import Extension, Writable, create, opened
 
 TOY = [
     "epochs=2",
@@ -100,8 +100,7 @@ def metrics(trial: journal.Trial, epoch: int) -> dict[str, float]:
 
 
 def search_of(one: Writable) -> MemberStudy:
-    scheduling = sweep.Sweep("", Path(), [one.member]).scheduling
-    return MemberStudy(search_member(one, scheduling), one.member.settings.seed)
+    return MemberStudy(one.member, one.journal, one.member.settings.seed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
