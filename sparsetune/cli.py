@@ -73,6 +73,7 @@ def sweep(words: tuple[str, ...], dry_run: bool) -> None:
 
 def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run: bool) -> None:
     from sparsetune.cluster.tuner import check_cluster
+    from sparsetune.space.member import scheduling
     from sparsetune.space.resolve import resolve
     from sparsetune.sweeps import create, warm_start
 
@@ -87,7 +88,7 @@ def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run:
                 return
             if command == "sweep":
                 check_cluster(resolved.settings.ray, resolved.storage)
-                click.echo(f"Early stopping: {resolved.scheduling.reason}.", err=True)
+                click.echo(f"Early stopping: {scheduling(resolved.members).reason}.", err=True)
             create.create(resolved, command)
             members = stack.enter_context(create.opened(resolved.storage, resolved.name))
         sys.exit(_run(members, lambda: create.undo(members)))
@@ -129,6 +130,7 @@ def _preview(resolved: Any) -> str:
 
     from sparsetune.search.sampler import make_sampler
     from sparsetune.settings import to_dict
+    from sparsetune.space.member import scheduling
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lines = []
@@ -147,7 +149,7 @@ def _preview(resolved: Any) -> str:
     return "\n".join(
         [
             *lines,
-            f"# Early stopping: {resolved.scheduling.reason}.",
+            f"# Early stopping: {scheduling(resolved.members).reason}.",
             "# Dry run: nothing was started.",
         ]
     )

@@ -41,7 +41,7 @@ from sparsetune.comparison.winners import (
 )
 from sparsetune.methods.contract import make_variant
 from sparsetune.settings import TrialSettings
-from sparsetune.space.member import Member, Sweep
+from sparsetune.space.member import Member, load_member, scheduling
 from sparsetune.store import journal
 from sparsetune.store.journal import ENDED, Trial
 from sparsetune.store.layout import member_folders, resume_command
@@ -133,11 +133,10 @@ def _entries(storage: Path, name: str) -> list[Entry]:
     # A member's scheduling follows from all members of its sweep, named here or not.
     everybody = member_folders(storage, name.partition("/")[0])
     headers = [journal.header(folder)["member"] for folder in everybody]
-    scheduling = Sweep("", Path(), [Member.from_header(each) for each in headers]).scheduling
+    stopping = scheduling([Member.from_header(header) for header in headers])
     entries = []
     for folder in member_folders(storage, name):
-        record = journal.load(folder)
-        member = Member.from_header(record.header["member"])
+        member, record = load_member(folder)
         confirmed: dict[int, Path | None] = {**confirmations(folder)}
         for multiplier, path in (confirmed or {1: None}).items():
             runs = journal.load(path) if path else None
@@ -145,7 +144,7 @@ def _entries(storage: Path, name: str) -> list[Entry]:
             for target in served:
                 tuning = _tuning(member, record, target, len(served))
                 cell = _cell(_Source(folder, member, record, runs, target, multiplier), tuning)
-                entries.append(Entry(cell, folder, member, record, runs, scheduling))
+                entries.append(Entry(cell, folder, member, record, runs, stopping))
     return entries
 
 

@@ -23,7 +23,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sparsetune.search.study import frozen
-from sparsetune.space.member import Member
+from sparsetune.space.member import Member, load_member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
@@ -39,7 +39,7 @@ class Copy:
 
     def __init__(self, folder: Path, storage: optuna.storages.InMemoryStorage) -> None:
         self._folder, self._storage = folder, storage
-        member = Member.from_header(journal.load(folder).header["member"])
+        member, _ = load_member(folder)
         study = optuna.create_study(
             storage=storage, study_name=member.name, directions=member.directions
         )
@@ -53,8 +53,7 @@ class Copy:
 
     def update(self) -> None:
         """Makes the copy what the journal is by now."""
-        record = journal.load(self._folder)
-        member = Member.from_header(record.header["member"])
+        member, record = load_member(self._folder)
         for trial in record.trials.values():
             if self._ended.get(trial.number) == len(trial.failures):
                 continue

@@ -18,7 +18,7 @@ import optuna
 from sparsetune.comparison.values import Comparison, told_apart
 from sparsetune.reports.figures import SMALL, as_percent, figure, look_of, sparse, window
 from sparsetune.reports.svg import CROSS, Axis, Chart, Look, bars, parallel
-from sparsetune.space.member import Member
+from sparsetune.space.member import Member, load_member
 from sparsetune.space.space import Dimension
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
@@ -50,12 +50,11 @@ class Search:
 
 def load(comparison: Comparison, storage: Path) -> list[Search]:
     folders = [each for name in comparison.names for each in member_folders(storage, name)]
-    records = [journal.load(folder) for folder in folders]
-    members = [Member.from_header(record.header["member"]) for record in records]
-    spaces = told_apart([(m.name.partition("/")[0], m.space.name) for m in members])
+    loaded = [load_member(folder) for folder in folders]
+    spaces = told_apart([(m.name.partition("/")[0], m.space.name) for m, _ in loaded])
     return [
         Search(member, record, look_of(comparison, space, member.method.name))
-        for member, record, space in zip(members, records, spaces, strict=True)
+        for (member, record), space in zip(loaded, spaces, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -18,6 +18,8 @@ from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space import config
 from sparsetune.space.config import DIRECTIONS, SweepSettings
 from sparsetune.space.space import Space
+from sparsetune.store import journal
+from sparsetune.store.journal import Record
 
 DENSITY = "constraint.density/all"
 
@@ -87,6 +89,12 @@ class Member:
         return cls(header["member"], Space.from_dict(header["space"]), settings, header["density"])
 
 
+def load_member(folder: Path) -> tuple[Member, Record]:
+    """The member whose journal lies in `folder`, and what has come of it."""
+    record = journal.load(folder)
+    return Member.from_header(record.header["member"]), record
+
+
 class Scheduling(NamedTuple):
     name: str  # asha | none
     grace: int  # epochs
@@ -115,28 +123,30 @@ class Sweep:
         """Of the first member: all that is no matter of one member is the same in each."""
         return self.members[0].settings
 
-    @property
-    def scheduling(self) -> Scheduling:
-        """Early stopping, the same for all members, or the comparison would not be fair."""
-        chosen = self.settings.scheduler
-        name, reason = chosen.name, f"scheduler.name={chosen.name} was asked for"
-        if name == "auto":
-            why = self._against_asha()
-            name = "none" if why else "asha"
-            reason = f"none, because {why}" if why else "ASHA, the default"
-        grace = chosen.grace or config.quarter_of(self.settings.epochs)
-        return Scheduling(name, grace, chosen.reduction, reason)
 
-    def _against_asha(self) -> str:
-        for member in self.members:
-            if member.method.begins == "dense":
-                return (
-                    f"{member.space.name} begins dense, and early accuracy would favour the trials "
-                    "that are slow to become sparse"
-                )
-        for member in self.members:
-            if member.settings.constraint:
-                return f"{member.name} has a constraint, which early epochs cannot judge"
-        if len(config.objectives(self.settings)) > 1:
-            return "several objectives have no single order"
-        return ""
+def scheduling(members: Sequence[Member]) -> Scheduling:
+    """Early stopping, the same for all members of a sweep, or the comparison would not be fair."""
+    settings = members[0].settings
+    chosen = settings.scheduler
+    name, reason = chosen.name, f"scheduler.name={chosen.name} was asked for"
+    if name == "auto":
+        why = _against_asha(members)
+        name = "none" if why else "asha"
+        reason = f"none, because {why}" if why else "ASHA, the default"
+    grace = chosen.grace or config.quarter_of(settings.epochs)
+    return Scheduling(name, grace, chosen.reduction, reason)
+
+
+def _against_asha(members: Sequence[Member]) -> str:
+    for member in members:
+        if member.method.begins == "dense":
+            return (
+                f"{member.space.name} begins dense, and early accuracy would favour the trials "
+                "that are slow to become sparse"
+            )
+    for member in members:
+        if member.settings.constraint:
+            return f"{member.name} has a constraint, which early epochs cannot judge"
+    if len(members[0].objectives) > 1:
+        return "several objectives have no single order"
+    return ""

@@ -22,7 +22,7 @@ from sparsetune.cluster.watch import Watch
 from sparsetune.engine.pool import Choice, structure
 from sparsetune.search.study import MemberStudy
 from sparsetune.settings import to_dict
-from sparsetune.space.member import Scheduling, Sweep
+from sparsetune.space.member import Scheduling, scheduling
 from sparsetune.space.resolve import engine_choice
 from sparsetune.space.space import Point
 from sparsetune.store.layout import resume_command
@@ -54,15 +54,14 @@ def run(members: list[Writable]) -> int:
         if command == "train":
             train_alone(members[0], watch, bar)
         elif not _all_done(members):
-            scheduling = Sweep("", Path(), [one.member for one in members]).scheduling
-            tune(members, scheduling, watch)
+            tune(members, scheduling([one.member for one in members]), watch)
     recording.send(last=True)
     return _close(folder, members, recording)
 
 
 def tune(
     members: list[Writable],
-    scheduling: Scheduling,
+    stopping: Scheduling,
     watch: Watch,
     runs: list[list[Point]] | None = None,
 ) -> None:
@@ -80,7 +79,7 @@ def tune(
         return _slots(members, choices if on_gpu is None else _choices(members, on_gpu))
 
     with _needs(members) as (needed, sent):
-        tune_all(studies, settings, scheduling, slots, needed, sent, watch)
+        tune_all(studies, settings, stopping, slots, needed, sent, watch)
 
 
 def _choices(members: list[Writable], on_gpu: bool | None) -> list[Choice]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsetune.space.member import Member
+from sparsetune.space.member import Member, load_member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial, holder
 from sparsetune.store.layout import member_folders, sweeps
@@ -74,8 +74,7 @@ def summary(folder: Path, driven: bool = True) -> dict[str, Any]:
 
     `driven=False` says that whoever holds the sweep's lock is about to let go.
     """
-    record = journal.load(folder)
-    member = Member.from_header(record.header["member"])
+    member, record = load_member(folder)
     trials = record.trials.values()
     found = [_described(member, trial) for trial in front(member, record)]
     state = "finished" if is_done(record) else "interrupted"

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from typing import Any
 
-from sparsetune.space.member import Member, Sweep
+from sparsetune.space.member import Member, Sweep, load_member
 from sparsetune.space.resolve import check_members
 from sparsetune.store import journal
 from sparsetune.store.layout import member_folders
@@ -27,10 +27,9 @@ def warmed(sweep: Sweep) -> Sweep:
     if not name:
         return sweep
     try:
-        records = [journal.load(folder) for folder in member_folders(sweep.storage, name)]
+        earlier = [load_member(folder) for folder in member_folders(sweep.storage, name)]
     except ValueError as error:
         raise ValueError(f"warm_start: {error}") from error
-    earlier = [(Member.from_header(record.header["member"]), record) for record in records]
     members = [_warmed(member, name, earlier) for member in sweep.members]
     check_members(members)
     return dataclasses.replace(sweep, members=members)

@@ -13,7 +13,7 @@ import pytest
 from sparsetune.search.study import MemberStudy
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space import config, space
-from sparsetune.space.member import Member, Sweep
+from sparsetune.space.member import Member, Sweep, scheduling
 from sparsetune.space.resolve import resolve
 from sparsetune.store.journal import Journal
 
@@ -305,10 +305,10 @@ def test_bad_data_is_found_before_anything_starts(
 
 
 def test_ashas_rungs_are_where_trials_may_be_stopped() -> None:
-    asha = sweep("set", "epochs=20").scheduling  # grace a quarter, reduction 3
+    asha = scheduling(sweep("set", "epochs=20").members)  # grace a quarter, reduction 3
     assert asha.decisions(20) == [5, 15]
     assert asha._replace(grace=2, reduction=2.5).decisions(20) == [2, 5, 13]  # 12.5: at epoch 13
-    assert sweep("dst", "epochs=20").scheduling.decisions(20) == []
+    assert scheduling(sweep("dst", "epochs=20").members).decisions(20) == []
 
 
 def test_a_start_points_density_is_its_own(tmp_path: Path) -> None:
@@ -467,15 +467,15 @@ def test_the_violation_of_constraints() -> None:
     ],
 )
 def test_who_is_stopped_early(given: list[str], name: str, reason: str) -> None:
-    scheduling = sweep(*given).scheduling
-    assert scheduling.name == name
-    assert reason in scheduling.reason
+    stopping = scheduling(sweep(*given).members)
+    assert stopping.name == name
+    assert reason in stopping.reason
 
 
 def test_grace_is_a_quarter_of_the_epochs() -> None:
-    assert sweep("set", "epochs=10").scheduling[1:3] == (3, 3.0)
-    assert sweep("set", "epochs=1").scheduling.grace == 1
-    assert sweep("set", "epochs=12", "scheduler.grace=5").scheduling.grace == 5
+    assert scheduling(sweep("set", "epochs=10").members)[1:3] == (3, 3.0)
+    assert scheduling(sweep("set", "epochs=1").members).grace == 1
+    assert scheduling(sweep("set", "epochs=12", "scheduler.grace=5").members).grace == 5
 
 
 # Training one setting -----------------------------------------------------------------------------
@@ -562,4 +562,4 @@ def test_a_member_is_searched(name: str, sampler: str, tmp_path: Path) -> None:
 def test_all_shipped_spaces_make_one_sweep() -> None:
     one = sweep(*space.names(), "density=0.02,0.05")
     assert len(names(one)) == 19
-    assert one.scheduling.name == "none"
+    assert scheduling(one.members).name == "none"
