@@ -378,7 +378,7 @@ def compare(
         if csv_file:
             runs_csv.save_csv(found, Path(csv_file))
     if as_json:
-        click.echo(json.dumps(_finite(dataclasses.asdict(found)), indent=2))
+        click.echo(json.dumps(_finite(found.to_dict()), indent=2))
     else:
         tables.print_comparison(found)
 

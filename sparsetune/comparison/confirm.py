@@ -7,14 +7,14 @@ seed varies initialisation, order, split and mask together and is the same for a
 pairs them.
 
 All of it lies in the member's `confirm/`, a journal of the search's own form whose trials are the
-runs. `origin` says what a run is for: `start:rank 12` ranks trial 12 of the search, `start:final
-12` trains the winner, `start:paper 0` the start point `paper`, untuned. The winner is computed from
-the rankings and stays what it is: seeds that are added later are added to it alone.
+runs; `winners.py` says how it is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,23 +26,25 @@ from typing import Any
 from sparsetune.cluster.tuner import check_cluster
 from sparsetune.cluster.watch import Watch
 from sparsetune.comparison.winners import (
+    Role,
     accuracy_name,
     candidates,
     command_for,
     folder_of,
     group_of,
     is_front,
+    paper_trial,
     role,
     seed_of,
     serving,
-    winner,
+    winners,
 )
 from sparsetune.machine import versions
 from sparsetune.space.config import replaced
 from sparsetune.space.member import Member, Scheduling
 from sparsetune.space.space import Point
 from sparsetune.store import journal
-from sparsetune.store.journal import Journal, Trial
+from sparsetune.store.journal import Journal, Record, Trial
 from sparsetune.store.layout import resume_command, trial_folder
 from sparsetune.store.paths import CheckpointLost, insist
 from sparsetune.sweeps.create import Extension, Writable, note_driver, opened
@@ -99,27 +101,40 @@ class Confirmation:
 
     search: Writable
     runs: Writable
-    seeds: int
+
+    @property
+    def record(self) -> Record:
+        return self.runs.journal.record
 
     @property
     def header(self) -> dict[str, Any]:
-        asked: dict[str, Any] = self.runs.journal.record.header["confirm"]
-        return asked
+        return dict(self.record.header["confirm"])
 
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of its runs, those that were added to the winner's included."""
+        begun = {seed_of(run) for run in self.record.trials.values()} | {*self.header["seeds"]}
+        return int(self.header.get("num_seeds", len(begun)))
 
-# What a journal says of roles and winners; for readers too ----------------------------------------
+    def set_seeds(self, num: int) -> None:
+        about = {"trials": self.record.asked, "confirm": self.header | {"num_seeds": num}}
+        self.runs.journal.append({"type": "extend", **about})
+
+    @property
+    def winners(self) -> set[int | None]:
+        return set(winners(self.search.member, self.record).values())
 
 
 # The plan: which runs, in which order -------------------------------------------------------------
 
 
-def _planned(one: Writable, asked: Asked) -> dict[str, Any]:
+def _planned(search: Writable, asked: Asked) -> dict[str, Any]:
     """What the member's confirmation is, or is to be. ValueError where it cannot be as is asked."""
-    member, record = one.member, one.journal.record
-    folder = folder_of(one.folder, asked.multiplier)
+    member, record = search.member, search.journal.record
+    folder = folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
         header: dict[str, Any] = journal.header(folder)["confirm"]
-        _check_same(one, header, asked, folder)
+        _check_same(search, header, asked, folder)
         return header
     top, num = asked.top or 3, asked.seeds or 5
     first = FIRST_SEED if abs(member.settings.seed - FIRST_SEED) > num else FIRST_SEED + 1000
@@ -129,63 +144,63 @@ def _planned(one: Writable, asked: Asked) -> dict[str, Any]:
             f"density: {member.name} was searched for a front of accuracy and density; say "
             "where on it the method is to be compared, such as density=0.02,0.05"
         )
-    found = {str(t): [c.number for c in candidates(member, record, top, t)] for t in served}
+    able = {str(target): candidates(member, record, top, target) for target in served}
     return {
-        "seeds": list(range(first, first + num)),
+        "seeds": list(range(first, first + num)),  # by which candidates are ranked
+        "num_seeds": num,
         "top": top,
         "full": asked.full is not False,
         "multiplier": asked.multiplier,
         "trials": len(record.trials),
         "densities": served,
-        "candidates": {target: numbers for target, numbers in found.items() if numbers},
+        "candidates": {key: [t.number for t in trials] for key, trials in able.items() if trials},
     }
 
 
-def _begin(one: Writable, planned: dict[str, Any], asked: Asked, stack: ExitStack) -> Confirmation:
+def _begin(search: Writable, plan: dict[str, Any], asked: Asked, stack: ExitStack) -> Confirmation:
     """Opens the member's confirmation, or creates it."""
-    folder = folder_of(one.folder, asked.multiplier)
+    folder = folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
         writer = Journal.open(folder)
     else:
-        kept = ("sweep_id", "order", "members", "data", "code", "member")
-        header = {key: value for key, value in one.journal.record.header.items() if key in kept}
+        kept = ("sweep_id", "order", "members", "data", "network", "code", "member")
+        header = {key: value for key, value in search.journal.record.header.items() if key in kept}
         header |= {"command": "confirm", "argv": sys.argv[1:], "trials": 0}
-        writer = Journal.create(folder, header | {"versions": versions(), "confirm": planned})
+        writer = Journal.create(folder, header | {"versions": versions(), "confirm": plan})
     stack.callback(writer.close)
-    writer.guard = one.journal.guard
-    had = {seed_of(trial) for trial in writer.record.trials.values()}
-    had |= set(writer.record.header["confirm"]["seeds"])
-    return Confirmation(
-        one,
-        Writable(_runs_member(one, asked.multiplier), writer),
-        max(asked.seeds or 0, len(had)),
-    )
+    writer.guard = search.journal.guard
+    runs = Writable(_runs_member(search.member, asked.multiplier), writer)
+    confirmation = Confirmation(search, runs)
+    if asked.seeds and asked.seeds > confirmation.num_seeds:
+        confirmation.set_seeds(asked.seeds)
+    return confirmation
 
 
-def _check_same(one: Writable, header: dict[str, Any], asked: Asked, folder: Path) -> None:
-    if header["trials"] != len(one.journal.record.trials):
+def _check_same(search: Writable, header: dict[str, Any], asked: Asked, folder: Path) -> None:
+    name, num = search.member.name, len(search.journal.record.trials)
+    if header["trials"] != num:
         raise ValueError(
-            f"confirm: {one.member.name} was confirmed after {header['trials']} trials and has "
-            f"{len(one.journal.record.trials)} now; the test images may have been read for the "
-            f"best of the first ones. To confirm anew, {_moved(folder)}"
+            f"confirm: {name} was confirmed after {header['trials']} trials and has {num} now; the "
+            "test images may have been read for the best of the first ones. To confirm anew, "
+            f"{_moved(folder)}"
         )
     for key in ("top", "full"):
         wanted = getattr(asked, key)
         if wanted is not None and wanted != header[key]:
             raise ValueError(
-                f"{key}: {one.member.name} is being confirmed with {key}={header[key]}; leave it "
-                f"out to go on, or begin anew: {_moved(folder)}"
+                f"{key}: {name} is being confirmed with {key}={header[key]}; leave it out to go "
+                f"on, or begin anew: {_moved(folder)}"
             )
-    if is_front(one.member) and asked.density and [*asked.density] != header["densities"]:
+    if is_front(search.member) and asked.density and [*asked.density] != header["densities"]:
         raise ValueError(
-            f"density: {one.member.name} is being confirmed at {header['densities']}; leave it out "
-            f"to go on, or begin anew: {_moved(folder)}"
+            f"density: {name} is being confirmed at {header['densities']}; leave it out to go on, "
+            f"or begin anew: {_moved(folder)}"
         )
-    own, first = one.member.settings.seed, header["seeds"][0]
+    own, first = search.member.settings.seed, header["seeds"][0]
     if first <= own < first + (asked.seeds or 0):
         raise ValueError(
-            f"seeds: {asked.seeds} from {first} on have {own}, by which {one.member.name} was "
-            f"searched; at most seeds={own - first}"
+            f"seeds: {asked.seeds} from {first} on have {own}, by which {name} was searched; at "
+            f"most seeds={own - first}"
         )
 
 
@@ -193,66 +208,52 @@ def _moved(folder: Path) -> str:
     return f"move {folder} out of the sweep, and say so in your report"
 
 
-def _runs_member(one: Writable, multiplier: int) -> Member:
+def _runs_member(member: Member, multiplier: int) -> Member:
     """The member as its runs see it: nothing is bounded or decided by their values.
 
     With a multiplier they are as many times longer. Schedules are shares of training and stretch
     with it; the interval of topology updates stays, as in RigL's tables of longer training.
     """
-    settings = replaced(
-        one.member.settings,
-        {
-            "epochs": one.member.settings.epochs * multiplier,
-            "scheduler.name": "none",
-            "objective": "train/loss",  # without images held out there is no other
-        },
-    )
+    epochs = member.settings.epochs * multiplier
+    # Without images held out there is no other objective.
+    changed = {"epochs": epochs, "scheduler.name": "none", "objective": "train/loss"}
+    settings = replaced(member.settings, changed)
     settings.constraint.clear()
-    name = f"{one.member.name}/{folder_of(Path(), multiplier).name}"
-    return dataclasses.replace(one.member, name=name, settings=settings)
+    name = f"{member.name}/{folder_of(Path(), multiplier).name}"
+    return dataclasses.replace(member, name=name, settings=settings)
 
 
-def _wanted(one: Confirmation) -> list[Point]:
+def _wanted(confirmation: Confirmation) -> list[Point]:
     """The runs that are there, and after them those that are missing, as far as is known yet."""
-    record, asked = one.runs.journal.record, one.header
+    asked, winners, full = confirmation.header, confirmation.winners, confirmation.header["full"]
     begun = [
-        Point(trial.origin.removeprefix("start:"), trial.params, trial.fixed, in_study=False)
-        for trial in record.trials.values()
+        Point(str(role(run)), run.params, run.fixed, in_study=False)
+        for run in confirmation.record.trials.values()
     ]
-    first = asked["seeds"][0]
-    seeds, candidates = range(first, first + one.seeds), asked["candidates"]
-    winners = _winners(one)
-    wanted: list[Point] = []
-    ranked = [
-        number
-        for numbers in candidates.values()
-        for number in numbers
-        if len(numbers) > 1 or not asked["full"]
+    seeds = range(asked["seeds"][0], asked["seeds"][0] + confirmation.num_seeds)
+    rivals = [numbers for numbers in asked["candidates"].values() if len(numbers) > 1 or not full]
+    wanted = [
+        (seed, Role("rank", number))
+        for seed in seeds  # outside, since runs of one seed share their batches
+        for number in dict.fromkeys(itertools.chain(*rivals))
+        if seed in asked["seeds"] or (not full and number in winners)
     ]
-    for seed in seeds:  # seeds outside, since runs of one seed share their batches
-        for number in dict.fromkeys(ranked):
-            if seed in asked["seeds"] or (not asked["full"] and number in winners):
-                wanted.append(_run(one, "rank", number, seed))
     if None not in winners:
-        searched = one.search.journal.record.trials.values()
-        paper = [t for t in searched if t.origin == "start:paper" and t.number not in winners]
-        for seed in seeds:
-            finals = sorted({int(number) for number in winners if number is not None})
-            wanted += [_run(one, "final", number, seed) for number in finals if asked["full"]]
-            wanted += [_run(one, "paper", trial.number, seed) for trial in paper]
-    return begun + [point for point in wanted if point not in begun]
+        best = sorted(number for number in winners if number is not None)
+        roles = [Role("final", number) for number in best] if full else []
+        paper = paper_trial(confirmation.search.journal.record)
+        roles += [Role("paper", paper)] if paper is not None and paper not in winners else []
+        wanted += itertools.product(seeds, roles)
+    points = [_run(confirmation, purpose, seed) for seed, purpose in wanted]
+    return begun + [point for point in points if point not in begun]
 
 
-def _target(key: str) -> float | None:
-    return None if key == "None" else float(key)
-
-
-def _run(one: Confirmation, name: str, number: int, seed: int) -> Point:
-    trial = one.search.journal.record.trials[number]
+def _run(confirmation: Confirmation, purpose: Role, seed: int) -> Point:
+    trial = confirmation.search.journal.record.trials[purpose.number]
     fixed = trial.fixed | {"seed": seed, "order_seed": seed}
-    if name != "rank" and one.header["full"]:
+    if purpose.name != "rank" and confirmation.header["full"]:
         fixed["data.validation"] = 0.0
-    return Point(f"{name} {number}", trial.params, fixed, in_study=False)
+    return Point(str(purpose), trial.params, fixed, in_study=False)
 
 
 # Running it ---------------------------------------------------------------------------------------
@@ -262,22 +263,20 @@ class _Recording(Recording):
     """Confirmation runs in W&B: one per seed, with the test accuracy in its summary."""
 
     def __init__(self, confirmations: list[Confirmation]) -> None:
-        self._confirmations = {one.runs.member.name: one for one in confirmations}
-        first = confirmations[0]
-        runs = [one.runs for one in confirmations]
-        super().__init__(runs, wandb_folder(first.search))
+        self._confirmations = {c.runs.member.name: c for c in confirmations}
+        folder = wandb_folder(confirmations[0].search)
+        super().__init__([confirmation.runs for confirmation in confirmations], folder)
 
     def about(self, one: Writable, trial: Trial) -> tuple[str, str] | None:
         confirmation = self._confirmations[one.member.name]
-        name, number = role(trial)
-        result = name != "rank"
+        purpose = role(trial)
+        result = purpose.name != "rank"
         if not result and not confirmation.header["full"]:
-            winners = _winners(confirmation)
+            winners = confirmation.winners
             if None in winners:
                 return None  # whether it serves as a final run is not known before
-            result = number in winners
-        record = confirmation.runs.journal.record
-        group = group_of(confirmation.search.member, record, name, number)
+            result = purpose.number in winners
+        group = group_of(confirmation.search.member, confirmation.record, purpose)
         return group, "confirm" if result else "rank"
 
     def complete(self, one: Writable, trial: Trial) -> bool:
@@ -285,19 +284,13 @@ class _Recording(Recording):
         return tested or (self.about(one, trial) or ("", ""))[1] == "rank"
 
 
-def _winners(one: Confirmation) -> set[int | None]:
-    record = one.runs.journal.record
-    return {winner(one.search.member, record, _target(key)) for key in one.header["candidates"]}
-
-
-def _tested(one: Confirmation) -> list[Trial]:
+def _tested(confirmation: Confirmation) -> list[Trial]:
     """The finished runs whose test accuracy is to be read."""
-    record = one.runs.journal.record
-    mine = {(serving(record), number) for number in _winners(one)}
+    judged = {(serving(confirmation.record), number) for number in confirmation.winners}
     return [
-        trial
-        for trial in record.trials.values()
-        if trial.status == "finished" and (role(trial)[0] == "paper" or role(trial) in mine)
+        run
+        for run in confirmation.record.trials.values()
+        if run.status == "finished" and (role(run).name == "paper" or role(run) in judged)
     ]
 
 
@@ -312,51 +305,49 @@ def begun(
     """
     with ExitStack() as stack:
         here = dataclasses.replace(wanted, retry_failed=False)
-        members = stack.enter_context(opened(storage, name, here))
-        for one in members:
-            _check(one)
-        if asked.density and not any(is_front(one.member) for one in members):
+        searches = stack.enter_context(opened(storage, name, here))
+        for search in searches:
+            _check(search)
+        if asked.density and not any(is_front(search.member) for search in searches):
             raise ValueError(
                 f"density: {name} was searched at densities of its own; it is for a search for a "
                 "front of accuracy and density. To confirm some members, name them: SWEEP/MEMBER"
             )
-        planned = [_planned(one, asked) for one in members]
-        able = []
-        for one, plan in zip(members, planned, strict=True):
-            if plan["candidates"]:
-                able.append((one, plan))
-            else:
-                print(f"{one.member.name}: infeasible, no finished trial within its bounds")
+        planned = [(search, _planned(search, asked)) for search in searches]
+        for search, plan in planned:
+            if not plan["candidates"]:
+                print(f"{search.member.name}: infeasible, no finished trial within its bounds")
+        able = [(search, plan) for search, plan in planned if plan["candidates"]]
         if not able:
             raise ValueError(f"confirm: there is no trial of {name} that could be confirmed")
-        confirmations = [_begin(one, plan, asked, stack) for one, plan in able]
-        for each in confirmations if wanted.retry_failed else ():
-            _retry(each)
+        confirmations = [_begin(search, plan, asked, stack) for search, plan in able]
+        for confirmation in confirmations if wanted.retry_failed else ():
+            _retry(confirmation)
         yield confirmations
 
 
-def _check(one: Writable) -> None:
-    record, member = one.journal.record, one.member
+def _check(search: Writable) -> None:
+    record, member = search.journal.record, search.member
     if record.header["command"] != "sweep":
         raise ValueError(f"confirm: '{member.name}' is no search; confirm a sweep")
     if not is_done(record):
         ended = sum(trial.status != "running" for trial in record.trials.values())
         raise ValueError(
             f"confirm: {member.name} has {ended} of {record.asked} trials; finish the search by: "
-            f"{resume_command(one.folder.parent)}"
+            f"{resume_command(search.folder.parent)}"
         )
     accuracy_name(member)
 
 
-def _retry(one: Confirmation) -> None:
+def _retry(confirmation: Confirmation) -> None:
     """Opens failed runs again; not rankings that the winner was chosen over already."""
-    trials, winners = list(one.runs.journal.record.trials.values()), _winners(one)
-    chosen = any(role(trial)[0] == "final" or trial.test is not None for trial in trials)
-    for trial in trials:
-        name, number = role(trial)
-        settled = chosen and name == "rank" and (one.header["full"] or number not in winners)
-        if trial.status == "failed" and not settled:
-            one.runs.journal.append({"type": "retry", "number": trial.number})
+    runs, winners = [*confirmation.record.trials.values()], confirmation.winners
+    chosen = any(role(run).name == "final" or run.test is not None for run in runs)
+    for run in runs:
+        serves = not confirmation.header["full"] and role(run).number in winners
+        settled = chosen and role(run).name == "rank" and not serves
+        if run.status == "failed" and not settled:
+            confirmation.runs.journal.append({"type": "retry", "number": run.number})
 
 
 def run(confirmations: list[Confirmation]) -> int:
@@ -364,22 +355,21 @@ def run(confirmations: list[Confirmation]) -> int:
 
     Exit status: 0 done, 1 runs failed, 130 interrupted. ClusterError as in `sweep.run`.
     """
-    folder = confirmations[0].search.folder.parent
-    settings = confirmations[0].search.member.settings
-    check_cluster(settings.ray, folder)
-    note_driver([one.runs for one in confirmations])
+    first = confirmations[0].search
+    folder = first.folder.parent
+    check_cluster(first.member.settings.ray, folder)
+    note_driver([confirmation.runs for confirmation in confirmations])
     recording = _Recording(confirmations)
-    shown = {one.runs.member.name: (None, one.runs.journal.record) for one in confirmations}
-    with Progress(shown) as bar:
+    with Progress({c.runs.member.name: (None, c.record) for c in confirmations}) as bar:
         watch = Watch(recording.send, bar)
-        for one in confirmations:
-            one.runs.journal.trouble = watch.trouble
+        for confirmation in confirmations:
+            confirmation.runs.journal.trouble = watch.trouble
         # First the rankings, then the winners, whom nobody knows before.
-        while watch.leaving_since is None and (due := [o for o in confirmations if _extend(o)]):
-            runs = [_wanted(one) for one in due]
-            tune([one.runs for one in due], NO_STOPPING, watch, runs)
-        for one in confirmations if watch.leaving_since is None else ():
-            read_tests(one, watch)
+        while watch.leaving_since is None and (due := [c for c in confirmations if _extend(c)]):
+            wanted = [_wanted(confirmation) for confirmation in due]
+            tune([confirmation.runs for confirmation in due], NO_STOPPING, watch, wanted)
+        for confirmation in confirmations if watch.leaving_since is None else ():
+            read_tests(confirmation, watch)
     recording.send(last=True)
     upload = recording.tracker.close()
     for problem in recording.tracker.problems:
@@ -393,54 +383,57 @@ def command(confirmations: list[Confirmation]) -> str:
     whole = first.search.journal.record.header["members"]
     member = first.search.member.name if len(confirmations) == 1 < len(whole) else ""
     words = command_for(first.search.folder.parent, first.header["multiplier"], member)
-    seeds = max(one.seeds for one in confirmations)
+    seeds = max(confirmation.num_seeds for confirmation in confirmations)
     return words + (f" seeds={seeds}" if seeds > len(first.header["seeds"]) else "")
 
 
-def _extend(one: Confirmation) -> bool:
+def _extend(confirmation: Confirmation) -> bool:
     """Has the confirmation runs to train? Those that are known by now are asked for."""
-    record = one.runs.journal.record
-    # More seeds may have been asked for before, of which no run was begun.
-    while (num := len(_wanted(one))) < record.asked and None not in _winners(one):
-        one.seeds += 1
+    record, num = confirmation.record, len(_wanted(confirmation))
+    while num < record.asked and None not in confirmation.winners:
+        # Journals of version 0.1.0 say how many runs were asked for, and not of how many seeds.
+        confirmation.set_seeds(confirmation.num_seeds + 1)
+        num = len(_wanted(confirmation))
     if num > record.asked:
-        one.runs.journal.append({"type": "extend", "trials": num})
+        confirmation.runs.journal.append({"type": "extend", "trials": num})
     return not is_done(record)
 
 
-def read_tests(one: Confirmation, watch: Watch) -> None:
+def read_tests(confirmation: Confirmation, watch: Watch) -> None:
     """Reads the test accuracy of each run that is due for it: once, says the journal."""
-    for trial in _tested(one):
-        if trial.test is not None or watch.leaving_since is not None:
+    runs = confirmation.runs
+    for run in _tested(confirmation):
+        if run.test is not None or watch.leaving_since is not None:
             continue
-        settings = one.runs.member.trial_settings(trial.params, trial.fixed)
-        folder = trial_folder(one.runs.folder, trial.number)
-        setup = setup_of(settings, one.search.member.settings.device)
-        state, _ = insist(lambda: checkpoint.restore(setup, folder), watch.trouble)  # noqa: B023
+        settings = runs.member.trial_settings(run.params, run.fixed)
+        folder = trial_folder(runs.folder, run.number)
+        setup = setup_of(settings, confirmation.search.member.settings.device)
+        restore = functools.partial(checkpoint.restore, setup, folder)
+        state, _ = insist(restore, watch.trouble)
         if state.epoch != settings.epochs:
             raise CheckpointLost(
                 f"{folder}: the checkpoint of epoch {settings.epochs} is missing; restore it from "
-                f"a copy, or begin anew: {_moved(one.runs.folder)}"
+                f"a copy, or begin anew: {_moved(runs.folder)}"
             )
         loss, accuracy = trainer.evaluate(setup, state, data.load_test(settings.data))
         metrics = {"test/accuracy": accuracy, "test/loss": loss}
-        one.runs.journal.append({"type": "test", "number": trial.number, "metrics": metrics})
+        runs.journal.append({"type": "test", "number": run.number, "metrics": metrics})
         watch.tick()
 
 
 def _close(folder: Path, confirmations: list[Confirmation], upload: str | None, left: bool) -> int:
     failed = False
-    for one in confirmations:
-        record, name = one.runs.journal.record, one.search.member.name
-        for number in sorted(each for each in _winners(one) if each is not None):
-            found = [t.test for t in _tested(one) if t.test and role(t)[1] == number]
-            if tests := [test["test/accuracy"] for test in found]:
+    for confirmation in confirmations:
+        name, tested = confirmation.search.member.name, _tested(confirmation)
+        for number in sorted(number for number in confirmation.winners if number is not None):
+            tests = [t.test["test/accuracy"] for t in tested if t.test and role(t).number == number]
+            if tests:
                 mean = statistics.fmean(tests)
                 print(f"{name}: trial {number}, test accuracy {mean:.2%} over {len(tests)} seeds")
-        for trial in record.trials.values():
-            if trial.status == "failed":
+        for run in confirmation.record.trials.values():
+            if run.status == "failed":
                 failed = True
-                print(f"failed: {one.runs.member.name} trial {trial.number}: {trial.error}")
+                print(f"failed: {confirmation.runs.member.name} trial {run.number}: {run.error}")
     if upload:
         print(f"W&B records are offline; upload them by: {upload}")
     if left:

@@ -7,15 +7,26 @@ value that is not known is None, and never a zero or a NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+State = Literal["confirmed", "infeasible", "unconfirmed", "unfinished"]
 SLACK = 0.05  # how far, relatively, a density that emerges may be above the one asked for
 
 
-def density_of(level: str) -> float:
-    """Of a key of Comparison.levels."""
-    return float(level.partition(" ")[0])
+def called(name: str, multiplier: int) -> str:
+    """What is confirmed over so many times the epochs: mnist/set@0.05, or mnist/set@0.05 2x."""
+    return name if multiplier == 1 else f"{name} {multiplier}x"
+
+
+class Level(NamedTuple):
+    """Where cells stand that may be compared with each other."""
+
+    density: float
+    multiplier: int = 1  # how many times the search's epochs
+
+    def __str__(self) -> str:
+        return called(f"{self.density:g}", self.multiplier)
 
 
 def told_apart(places: list[tuple[str, str]]) -> list[str]:
@@ -56,6 +67,10 @@ class Line:
     # train/loss, val/accuracy (where images were held out), density/all, density/layer/<name>.
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
+    @property
+    def accuracies(self) -> list[float]:
+        return [value for value in self.test if value is not None]
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -79,7 +94,7 @@ class Cell:
     member: str  # whose search it comes from: "mnist/set@0.05"
     method: str
     density: float | None  # that was asked for; None: the network as it is (dense)
-    state: Literal["confirmed", "infeasible", "unconfirmed", "unfinished"]
+    state: State
     note: str  # one sentence where it is not confirmed
     dense_gradient: Literal["never", "at_update", "always"]
     begins: Literal["sparse", "dense"]
@@ -123,10 +138,18 @@ class Comparison:
     match: Literal["density", "flops"]
     seeds: list[int]
     cells: list[Cell]
-    # "0.05", or "0.05 2x" -> Cell.name of those that stand there, by density or FLOPs
-    levels: dict[str, list[str]]
+    levels: dict[Level, list[str]]  # Cell.name of those that stand there, by density or FLOPs
     pairs: list[Pair]
     rules: list[Rule]
-    ranking: dict[str, list[str]] | None  # "0.05" -> Cell.space, best first; None: forbidden
+    ranking: dict[Level, list[str]] | None  # Cell.space, best first; None: forbidden
     notes: list[str]  # sentences a reader must know, such as what was left out and why
     about: dict[str, Any]  # versions, hardware, commands, epochs, network, data, spaces, samplers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: levels as their text, 0.05 or 0.05 2x."""
+        levels = {str(level): names for level, names in self.levels.items()}
+        ranking = {str(level): spaces for level, spaces in (self.ranking or {}).items()}
+        return asdict(self) | {
+            "levels": levels,
+            "ranking": None if self.ranking is None else ranking,
+        }

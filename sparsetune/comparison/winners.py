@@ -10,15 +10,16 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
-from sparsetune.comparison.values import SLACK
+from sparsetune.comparison.values import SLACK, called
 from sparsetune.space.config import replaced
 from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import inside, resume_command
 
-DENSITY = "density/all"
+DENSITY_METRIC = "density/all"
 
 
 def folder_of(member: Path, multiplier: int = 1) -> Path:
@@ -27,17 +28,12 @@ def folder_of(member: Path, multiplier: int = 1) -> Path:
 
 def confirmations(member: Path) -> dict[int, Path]:
     """The folders that `folder_of` calls so and that have a journal, by their multiplier."""
-    found = {}
+    folders = {}
     for path in inside(member):
         named = re.fullmatch(r"confirm(?:-([2-9]|[1-9]\d+)x)?", path.name)
         if named and journal.exists(path):
-            found[int(named[1] or 1)] = path
-    return dict(sorted(found.items()))
-
-
-def called(name: str, multiplier: int) -> str:
-    """What a confirmed member is called: mnist/set@0.05, or mnist/set@0.05 2x."""
-    return name if multiplier == 1 else f"{name} {multiplier}x"
+            folders[int(named[1] or 1)] = path
+    return dict(sorted(folders.items()))
 
 
 def command_for(sweep: Path, multiplier: int, member: str = "") -> str:
@@ -46,19 +42,32 @@ def command_for(sweep: Path, multiplier: int, member: str = "") -> str:
     return words + (f" multiplier={multiplier}" if multiplier > 1 else "")
 
 
-def role(trial: Trial) -> tuple[str, int]:
-    """What a run is for (rank, final or paper), and the number of its trial in the search."""
-    name, _, number = trial.origin.removeprefix("start:").partition(" ")
-    return name, int(number)
+class Role(NamedTuple):
+    """What a run is for; after `start:` it is the run's `origin` in the journal.
+
+    `rank 12` ranks trial 12 of the search, `final 12` trains it as the winner, and `paper 0` is the
+    start point `paper`, untuned.
+    """
+
+    name: str  # rank | final | paper
+    number: int  # of its trial in the search
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.number}"
+
+
+def role(run: Trial) -> Role:
+    name, _, number = run.origin.removeprefix("start:").partition(" ")
+    return Role(name, int(number))
 
 
 def serving(runs: journal.Record) -> str:
-    """The role of the runs that the winner is judged by."""
+    """The name of the role of the runs that the winner is judged by."""
     return "final" if runs.header["confirm"]["full"] else "rank"
 
 
-def seed_of(trial: Trial) -> int:
-    return int(trial.fixed["seed"])
+def seed_of(run: Trial) -> int:
+    return int(run.fixed["seed"])
 
 
 def accuracy_name(member: Member) -> tuple[str, int]:
@@ -74,16 +83,21 @@ def accuracy_name(member: Member) -> tuple[str, int]:
     return name, 1 if direction == "maximize" else -1
 
 
+def paper_trial(record: journal.Record) -> int | None:
+    """The trial of a search that is the start point `paper`."""
+    return next((t.number for t in record.trials.values() if t.origin == "start:paper"), None)
+
+
 def is_front(member: Member) -> bool:
     """Was a front of accuracy and density searched, so that it may serve several densities?"""
-    return DENSITY in member.objectives and member.density is None
+    return DENSITY_METRIC in member.objectives and member.density is None
 
 
 def excess(member: Member, metrics: dict[str, float], target: float | None) -> float:
     """How far bounds are passed, relatively; 0 where all are kept, infinite for a NaN."""
     bounds = dict(member.settings.constraint)
     if is_front(member) and target is not None:
-        bounds[DENSITY] = target
+        bounds[DENSITY_METRIC] = target
     over = [0.0]
     for name, bound in bounds.items():
         value = metrics.get(name, math.nan)
@@ -119,26 +133,29 @@ def _apart(member: Member, trial: Trial) -> list[str]:
 
 
 def winner(member: Member, runs: journal.Record, target: float | None) -> int | None:
-    """The number of the trial that does best over the ranking seeds; None before all have ended.
+    """The number of the trial that does best over the ranking seeds.
 
-    A trial that diverged on a seed comes after all that did not, and one that is above its density
-    in the mean after all that keep it.
+    None before all have ended, and where the search has none that could win. A trial that diverged
+    on a seed comes after all that did not, and one that is above its density in the mean after all
+    that keep it.
     """
     asked = runs.header["confirm"]
-    numbers = asked["candidates"][str(target)]
+    numbers = asked["candidates"].get(str(target), [])
+    if not numbers:
+        return None
     if len(numbers) == 1 and asked["full"]:
         return int(numbers[0])  # nobody to be ranked against
     name, sign = accuracy_name(member)
     scores = []
     for number in numbers:
         ranked = [
-            trial
-            for trial in runs.trials.values()
-            if role(trial) == ("rank", number) and seed_of(trial) in asked["seeds"]
+            run
+            for run in runs.trials.values()
+            if role(run) == ("rank", number) and seed_of(run) in asked["seeds"]
         ]
-        if len(ranked) < len(asked["seeds"]) or any(t.status == "running" for t in ranked):
+        if len(ranked) < len(asked["seeds"]) or any(run.status == "running" for run in ranked):
             return None
-        last = [trial.reports[-1].metrics for trial in ranked if trial.status == "finished"]
+        last = [run.reports[-1].metrics for run in ranked if run.status == "finished"]
         gone = len(ranked) - len(last)
         mean = statistics.fmean(sign * metrics[name] for metrics in last) if last else -math.inf
         over = excess(member, _mean(last), target) if last else math.inf
@@ -146,21 +163,28 @@ def winner(member: Member, runs: journal.Record, target: float | None) -> int | 
     return int(min(scores)[-1])
 
 
-def group_of(member: Member, runs: journal.Record, name: str, number: int) -> str:
+def winners(member: Member, runs: journal.Record) -> dict[float | None, int | None]:
+    """The winner at each density that has candidates."""
+    keys = runs.header["confirm"]["candidates"]
+    targets = [None if key == "None" else float(key) for key in keys]
+    return {target: winner(member, runs, target) for target in targets}
+
+
+def group_of(member: Member, runs: journal.Record, purpose: Role) -> str:
     """The W&B group of runs of this role: what they serve, such as mnist/set@0.05.
 
     A setting that a front chooses at several densities serves them all: mnist/dst@0.02,0.05.
     """
     asked = runs.header["confirm"]
     whole = called(member.name, asked["multiplier"])
-    if name == "paper":
+    if purpose.name == "paper":
         return f"{whole} paper"
-    if not is_front(member) or name != serving(runs):
+    if not is_front(member) or purpose.name != serving(runs):
         return whole
-    targets = map(float, asked["candidates"])
-    served = [f"{each:g}" for each in targets if winner(member, runs, each) == number]
+    best = winners(member, runs)
+    served = [f"{target:g}" for target, number in best.items() if number == purpose.number]
     return f"{whole}@{','.join(served)}" if served else whole
 
 
 def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.fmean(each[key] for each in metrics) for key in metrics[0]}
+    return {key: statistics.fmean(last[key] for last in metrics) for key in metrics[0]}

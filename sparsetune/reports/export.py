@@ -21,7 +21,7 @@ from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders, trial_folder
 from sparsetune.store.paths import write_whole
 from sparsetune.sweeps.status import front
-from sparsetune.sweeps.unchanged import check_unchanged, fingerprints
+from sparsetune.sweeps.unchanged import check_unchanged, datasets
 from sparsetune.training import checkpoint, models, trainer
 from sparsetune.training.setup import setup_of
 
@@ -80,7 +80,7 @@ def _exported(member: Member, record: journal.Record, trial: Trial, folder: Path
             f"trial: trial {trial.number} of {member.name}, which is {trial.status}, has no "
             f"checkpoint in {folder}; give another by --trial N"
         )
-    check_unchanged(member, record.header, fingerprints([member])[0])
+    check_unchanged(member, record.header, datasets([member])[0].fingerprint)
     settings = member.trial_settings(trial.params, trial.fixed)
     setup = setup_of(settings, "cpu")
     state, records = checkpoint.restore(setup, folder)

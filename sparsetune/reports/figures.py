@@ -12,7 +12,7 @@ import statistics as standard
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from sparsetune.comparison.values import Cell, Comparison, Interval, density_of
+from sparsetune.comparison.values import Cell, Comparison, Interval, Level
 from sparsetune.reports.svg import MARKS, Axis, Chart, Look, around
 from sparsetune.reports.tables import number, percent
 
@@ -38,15 +38,14 @@ class Results:
     def figures(self) -> list[str]:
         return [self._flops(), self._curves(), self._layers(), self._best_of()]
 
-    def at(self, level: str) -> list[Cell]:
+    def at(self, level: Level) -> list[Cell]:
         """Those that stand at this level, and the dense ones beside them."""
         names = self.comparison.levels[level]
         return [c for c in self.comparison.cells if c.name in names] + self.dense
 
-    def level(self, level: str) -> str:
+    def level(self, level: Level) -> str:
         flops = self.comparison.match == "flops"
-        longer = level.partition(" ")[2]
-        said = sparse(density_of(level)) + (f", {longer}" if longer else "")
+        said = sparse(level.density) + (f", {level.multiplier}x" if level.multiplier > 1 else "")
         return f"FLOPs as at {said}" if flops else said
 
     def main(self) -> str:

@@ -87,12 +87,12 @@ def _rows(kind: str, record: journal.Record, member: Member, keys: list[str]) ->
 
 def _named(member: Member, trial: Trial, kind: str) -> Row:
     name, number = (trial.origin, trial.number) if kind == "search" else role(trial)
-    density = 1.0 if member.method.name == "dense" and member.density is None else member.density
+    density = 1.0 if member.traits.name == "dense" and member.density is None else member.density
     return {
         "sweep": member.name.partition("/")[0],
         "member": member.name,
         "space": member.space.name,
-        "method": member.method.name,
+        "method": member.traits.name,
         "density": density,
         "trial": number,
         "kind": kind,

@@ -53,7 +53,7 @@ def load(comparison: Comparison, storage: Path) -> list[Search]:
     loaded = [load_member(folder) for folder in folders]
     spaces = told_apart([(m.name.partition("/")[0], m.space.name) for m, _ in loaded])
     return [
-        Search(member, record, look_of(comparison, space, member.method.name))
+        Search(member, record, look_of(comparison, space, member.traits.name))
         for (member, record), space in zip(loaded, spaces, strict=True)
     ]
 
@@ -178,13 +178,10 @@ def importance(search: Search) -> dict[str, float]:
     study = optuna.create_study(direction="maximize")
     for trial in _done(search):
         if trial.in_study:
-            # As wide as the ranges are now: they may have been narrower when it was suggested.
-            known = optuna.trial.FixedTrial(trial.params)
-            search.member.space.suggest(known)
             study.add_trial(
                 optuna.trial.create_trial(
                     params=trial.params,
-                    distributions=known.distributions,
+                    distributions=search.member.space.distributions(trial.params),
                     value=search.accuracy(trial),
                 )
             )

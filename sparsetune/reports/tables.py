@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparsetune.comparison.values import SLACK, Cell, Comparison, Interval, Line, density_of
+from sparsetune.comparison.values import SLACK, Cell, Comparison, Interval, Line
 from sparsetune.terminal import wide_console
 
 STYLES = {"broken": "bold red", "holds": "green", "does not apply": "dim"}
@@ -62,9 +62,9 @@ def by_level(comparison: Comparison) -> dict[str, list[Cell]]:
     cells = {cell.name: cell for cell in comparison.cells}
     found = {}
     for level, names in comparison.levels.items():
-        density, _, longer = level.partition(" ")
-        asked = f"density {density}" + (f", {longer} epochs" if longer else "")
-        title = f"{100 * (1 - density_of(level)):.4g} % sparse ({asked})"
+        longer = f", {level.multiplier}x epochs" if level.multiplier > 1 else ""
+        asked = f"density {level.density:g}{longer}"
+        title = f"{100 * (1 - level.density):.4g} % sparse ({asked})"
         if comparison.match == "flops":
             title = f"FLOPs as at {asked}"
         at = [cells[name] for name in names]

@@ -279,7 +279,7 @@ def _searches(sources: dict[str, _Source], own: str) -> Iterable[Any]:
             own,
             "search runs",
             [],
-            JobType=[member.settings.method],
+            JobType=[member.traits.name],
             Group=[name.partition("/")[0]],
             member=[name],
         )

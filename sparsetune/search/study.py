@@ -240,9 +240,7 @@ def _distributions(member: Member, record: Record, trial: Trial) -> dict[str, Ba
     whose ranges differ out of what it searches jointly."""
     if not record.widened or not trial.in_study:
         return _from_json(trial.distributions)
-    known = optuna.trial.FixedTrial(trial.params)
-    member.space.suggest(known)
-    return known.distributions
+    return member.space.distributions(trial.params)
 
 
 def _values(member: Member, trial: Trial) -> list[float] | None:

@@ -359,7 +359,8 @@ def _is_list(kind: Any) -> bool:
 
 
 def _check_limits(key: str, value: Any) -> None:
-    if key in CHOICES and value not in CHOICES[key]:
+    users_own = key == "method" and ":" in value  # found, or not, where it is used
+    if key in CHOICES and value not in CHOICES[key] and not users_own:
         raise ValueError(
             f"{key}: '{value}' is unknown{suggestion(str(value), CHOICES[key])}; "
             f"known: {', '.join(CHOICES[key])}"

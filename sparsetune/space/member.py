@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -18,10 +18,11 @@ from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space import config
 from sparsetune.space.config import DIRECTIONS, SweepSettings
 from sparsetune.space.space import Space
+from sparsetune.space.traits import Traits, traits_of
 from sparsetune.store import journal
 from sparsetune.store.journal import Record
 
-DENSITY = "constraint.density/all"
+DENSITY_BOUND = "constraint.density/all"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Member:
     space: Space
     settings: SweepSettings
     density: float | None
+    said: Traits | None = field(default=None, compare=False)  # by its journal
+
+    @property
+    def traits(self) -> Traits:
+        return self.said or traits_of(self.method)
 
     @property
     def method(self) -> Method:
@@ -81,12 +87,15 @@ class Member:
             "density": self.density,
             "space": self.space.to_dict(),
             "settings": to_dict(self.settings),
+            "method": self.traits._asdict(),
         }
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> Self:
         settings = config.build(config.flatten(header["settings"]))
-        return cls(header["member"], Space.from_dict(header["space"]), settings, header["density"])
+        space = Space.from_dict(header["space"])
+        said = Traits(**header["method"]) if "method" in header else None
+        return cls(header["member"], space, settings, header["density"], said)
 
 
 def load_member(folder: Path) -> tuple[Member, Record]:
@@ -139,7 +148,7 @@ def scheduling(members: Sequence[Member]) -> Scheduling:
 
 def _against_asha(members: Sequence[Member]) -> str:
     for member in members:
-        if member.method.begins == "dense":
+        if member.traits.begins == "dense":
             return (
                 f"{member.space.name} begins dense, and early accuracy would favour the trials "
                 "that are slow to become sparse"

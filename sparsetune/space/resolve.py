@@ -24,7 +24,7 @@ from sparsetune.names import suggestion
 from sparsetune.settings import TrialSettings
 from sparsetune.space import config, space
 from sparsetune.space.config import SweepSettings
-from sparsetune.space.member import DENSITY, Member, Sweep
+from sparsetune.space.member import DENSITY_BOUND, Member, Sweep
 from sparsetune.space.space import Space
 from sparsetune.store.paths import S3Path, why
 from sparsetune.training import data, models
@@ -221,7 +221,7 @@ def _members(
         key = "model.match_density"
         values = values or [one.fixed[key]]
     elif method.emergent:
-        key = DENSITY
+        key = DENSITY_BOUND
         one, values = _emergent(one, common, values)
     elif not method.reaches_density:
         values = []
@@ -234,7 +234,7 @@ def _members(
     named: list[float | None] = [*values] or [None]
     for density in named:
         # Emergent density has no setting; the one asked for is recorded where others have theirs.
-        keys = (key, "density") if key == DENSITY else (key,)
+        keys = (key, "density") if key == DENSITY_BOUND else (key,)
         own = one
         if density is not None and not keep_points:
             own = one.fix(dict.fromkeys(keys, density))
@@ -250,16 +250,16 @@ def _emergent(
     one: Space, common: Mapping[str, Any], densities: list[float]
 ) -> tuple[Space, list[float]]:
     """Density as a constraint: the user's, else as asked for, else the space's own."""
-    if DENSITY in common:
-        return one, [common[DENSITY]]
+    if DENSITY_BOUND in common:
+        return one, [common[DENSITY_BOUND]]
     objective = common.get("objective", "")
-    if densities or DENSITY not in one.fixed:
+    if densities or DENSITY_BOUND not in one.fixed:
         return one, densities
     if "density/all" in (objective if isinstance(objective, list) else [objective]):
         # Where the density is searched for, the file's bound would only cut the front off.
-        fixed = {key: value for key, value in one.fixed.items() if key != DENSITY}
+        fixed = {key: value for key, value in one.fixed.items() if key != DENSITY_BOUND}
         return dataclasses.replace(one, fixed=fixed), []
-    return one, [one.fixed[DENSITY]]
+    return one, [one.fixed[DENSITY_BOUND]]
 
 
 def _check_place(name: str, storage: Path) -> None:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Self
 import optuna
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
+from optuna.distributions import BaseDistribution
 
 from sparsetune.methods import METHODS, Method
 from sparsetune.methods.contract import check_number, make_variant
@@ -89,6 +90,12 @@ class Dimension:
         when = {key: list(values) for key, values in self.when.items()}
         return words | ({"when": when} if when else {})
 
+    @classmethod
+    def from_dict(cls, words: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave: checked before it was written, and read where the method is not."""
+        when = {key: tuple(values) for key, values in words.get("when", {}).items()}
+        return cls(**{**words, "choices": tuple(words.get("choices", ())), "when": when})
+
 
 class Point(NamedTuple):
     """A start point of a space: what it says of searched keys, and what it fixes besides.
@@ -121,6 +128,13 @@ class Space:
             if self._applies(dimension, params):
                 params[key] = dimension.suggest(trial, key)
         return params
+
+    def distributions(self, params: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+        """As wide as the ranges are now, of a trial that was suggested these."""
+        known = optuna.trial.FixedTrial(dict(params))
+        for key in params:
+            self.search[key].suggest(known, key)
+        return known.distributions
 
     def points(self) -> list[Point]:
         return [self.point(name, values) for name, values in self.start.items()]
@@ -198,11 +212,7 @@ class Space:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        method = METHODS[given["method"]]
-        search = {
-            key: _dimension(f"{given['file']}: search.{key}", method, key, words)
-            for key, words in given["search"].items()
-        }
+        search = {key: Dimension.from_dict(words) for key, words in given["search"].items()}
         return cls(**{**given, "search": search})
 
 

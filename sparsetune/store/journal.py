@@ -11,8 +11,9 @@ number `seq`, the wall-clock `time` and a `type`:
     suggest  number, params, distributions, origin, fixed, in_study, attrs (the sampler's notes)
     report   number, epoch, metrics, decision      epochs of a trial are 1, 2, 3, without a gap
     end      number, status, attempt, error        the last word about a trial
-    extend   trials, member                        the new total; what the header says of the member
-                                                   from now on, where its ranges are wider
+    extend   trials, member, confirm               the new total; what the header says from now on
+                                                   of the member, where its ranges are wider, and
+                                                   of the confirmation, where seeds are added
     retry    number                                a failed trial is open again, where it was
     test     number, metrics                       what a finished trial does on the test images,
                                                    which are read once, after the search
@@ -331,9 +332,9 @@ def _apply(record: Record, event: Event) -> None:
         record.trials[event["number"]].test = event["metrics"]
     elif kind == "extend":
         record.asked = event["trials"]
-        if "member" in event:
-            record.header = {**record.header, "member": event["member"]}
-            record.widened = True
+        changed = {key: event[key] for key in ("member", "confirm") if key in event}
+        record.header = record.header | changed
+        record.widened |= "member" in event
     elif kind == "driver":
         record.generation = event["generation"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetune.machine import hardware, versions
-from sparsetune.space import config
+from sparsetune.space import config, networks
 from sparsetune.space.member import Member, Sweep
 from sparsetune.space.resolve import check_machine
 from sparsetune.space.space import Space
@@ -62,12 +62,13 @@ def create(sweep: Sweep, command: str) -> Path:
         "hardware": hardware(),
     }
     headers = {}
-    prints = unchanged.fingerprints(sweep.members)
-    for order, (member, fingerprint) in enumerate(zip(sweep.members, prints, strict=True)):
+    datasets = unchanged.datasets(sweep.members)
+    for order, (member, dataset) in enumerate(zip(sweep.members, datasets, strict=True)):
         headers[member_stem(member)] = common | {
             "order": order,
             "trials": member.settings.trials,
-            "data": fingerprint,
+            "data": dataset.fingerprint,
+            "network": networks.to_header(member, dataset),
             "code": unchanged.code(member),
             "member": member.to_header(),
         }
@@ -160,9 +161,9 @@ def _placed(writer: Journal, places: Mapping[str, Any]) -> Writable:
 def _extend(members: list[Writable], wanted: Extension) -> None:
     """Writes what is wanted into the journals, once nothing of it can be refused."""
     spaces: list[Space | None] = [None] * len(members)
-    prints = unchanged.fingerprints(one.member for one in members)
-    for one, fingerprint in zip(members, prints, strict=True):
-        unchanged.check_unchanged(one.member, one.journal.record.header, fingerprint)
+    datasets = unchanged.datasets(one.member for one in members)
+    for one, dataset in zip(members, datasets, strict=True):
+        unchanged.check_unchanged(one.member, one.journal.record.header, dataset.fingerprint)
         asked = one.journal.record.asked
         if wanted.trials is not None and wanted.trials < asked:
             raise ValueError(

@@ -78,7 +78,7 @@ class Recording:
 
     def about(self, one: Writable, trial: Trial) -> tuple[str, str] | None:
         """(group, job type) of the trial's run; None where that is not known yet."""
-        return one.member.name.partition("/")[0], one.member.settings.method
+        return one.member.name.partition("/")[0], one.member.traits.name
 
     def complete(self, one: Writable, trial: Trial) -> bool:
         """Has a trial that has ended all that its run is to hold?"""

@@ -18,6 +18,7 @@ from sparsetune.space.resolve import Command, resolve, reworded
 from sparsetune.space.space import Space
 from sparsetune.store.journal import Event
 from sparsetune.sweeps import source_code
+from sparsetune.training.data import Dataset
 from sparsetune.training.data import load as load_data
 
 PLACES = (
@@ -42,14 +43,14 @@ def code(member: Member) -> dict[str, dict[str, str]]:
     }
 
 
-def fingerprints(members: Iterable[Member]) -> list[str]:
-    """Of each member's images, which are read once where members share them."""
-    known: dict[str, str] = {}
+def datasets(members: Iterable[Member]) -> list[Dataset]:
+    """Each member's images, which are read once where members share them."""
+    known: dict[str, Dataset] = {}
     keys = []
     for settings in (member.settings.data for member in members):
         keys.append(repr(settings))
         if keys[-1] not in known:
-            known[keys[-1]] = load_data(settings).fingerprint
+            known[keys[-1]] = load_data(settings)
     return [known[key] for key in keys]
 
 

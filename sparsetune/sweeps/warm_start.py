@@ -36,12 +36,12 @@ def warmed(sweep: Sweep) -> Sweep:
 
 
 def _warmed(member: Member, name: str, earlier: list[tuple[Member, journal.Record]]) -> Member:
-    same = [each for each in earlier if each[0].method is member.method]
+    same = [each for each in earlier if each[0].traits.name == member.traits.name]
     if not same:
-        methods = ", ".join(dict.fromkeys(each.method.name for each, _ in earlier))
+        methods = ", ".join(dict.fromkeys(each.traits.name for each, _ in earlier))
         raise ValueError(
             f"warm_start: '{name}' searched {methods}, and {member.name} is about "
-            f"{member.method.name}; name a sweep or member of that method"
+            f"{member.traits.name}; name a sweep or member of that method"
         )
 
     def distance(each: tuple[Member, journal.Record]) -> tuple[bool, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from helpers.told_sweep import accuracy, confirmed, told
 from sparsetune import load
 from sparsetune.comparison import intervals, winners
 from sparsetune.comparison.compare import compare
-from sparsetune.comparison.values import Cell, Comparison
+from sparsetune.comparison.values import Cell, Comparison, Level
 from sparsetune.reports import search_figures, tables
 from sparsetune.reports.runs_csv import save_csv, write_csv
 from sparsetune.search.study import MemberStudy
@@ -54,11 +53,11 @@ def test_a_fair_comparison_ranks(fair: Path) -> None:
     assert found.rules[14].state == "does not apply"  # no emergent density
     assert found.ranking is not None
     # told_sweep.accuracy: SET has 0.02 more than static, the others 0.01
-    assert list(found.ranking) == ["0.2", "0.5"]
-    assert found.ranking["0.2"][0] == "set"
-    assert found.ranking["0.2"][-1] == "static"
+    assert list(found.ranking) == [Level(0.2), Level(0.5)]
+    assert found.ranking[Level(0.2)][0] == "set"
+    assert found.ranking[Level(0.2)][-1] == "static"
     assert found.seeds == list(range(1001, 1007))
-    assert len(found.levels["0.2"]) == 5  # dense has no density and stands apart
+    assert len(found.levels[Level(0.2)]) == 5  # dense has no density and stands apart
     one = cell(found, "set")
     assert one.chosen is not None
     # 0.8 + 0.1 * 0.2 + 0.02 - 0.01 of the test set, and 0.001 * (seed % 7): 1001 is 7 * 143
@@ -99,12 +98,16 @@ def test_levels_by_flops(fair: Path) -> None:
     found = compare(fair, ["fair"], "flops")
     assert broken(found) == set()
     # Every layer has the same density here, so equal density is equal FLOPs.
-    assert {name.partition("@")[0] for name in found.levels["0.2"]} >= {"fair/set", "fair/static"}
+    assert {name.partition("@")[0] for name in found.levels[Level(0.2)]} >= {
+        "fair/set",
+        "fair/static",
+    }
 
 
 def test_json_and_csv_have_every_run(fair: Path, tmp_path: Path) -> None:
     found = compare(fair, ["fair"])
-    json.dumps(dataclasses.asdict(found), allow_nan=False)
+    told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert list(told["levels"]) == list(told["ranking"]) == ["0.2", "0.5"]
     with (tmp_path / "runs.csv").open("w", newline="") as file:
         write_csv(found, file)
     with (tmp_path / "runs.csv").open() as file:
@@ -130,7 +133,7 @@ def test_no_other_file_is_overwritten(fair: Path, tmp_path: Path) -> None:
 def test_members_alone_are_compared_too(fair: Path) -> None:
     found = compare(fair, ["fair/set@0.2", "fair/static@0.2"])
     assert [each.name for each in found.cells] == ["fair/set@0.2", "fair/static@0.2"]
-    assert found.ranking == {"0.2": ["set", "static"]}
+    assert found.ranking == {Level(0.2): ["set", "static"]}
     with pytest.raises(ValueError, match="names a member twice"):
         compare(fair, ["fair", "fair/set@0.2"])
     with pytest.raises(ValueError, match="there is no sweep 'other'"):
@@ -216,8 +219,11 @@ def test_longer_training_stands_at_a_level_of_its_own(tmp_path: Path) -> None:
     confirmed(path, "seeds=3")
     confirmed(path, "seeds=3", "multiplier=2", name="a/set@0.2")
     found = compare(tmp_path, ["a"])
-    assert found.levels == {"0.2": ["a/set@0.2", "a/static@0.2"], "0.2 2x": ["a/set@0.2 2x"]}
-    assert found.ranking == {"0.2": ["set", "static"], "0.2 2x": ["set 2x"]}
+    assert found.levels == {
+        Level(0.2): ["a/set@0.2", "a/static@0.2"],
+        Level(0.2, 2): ["a/set@0.2 2x"],
+    }
+    assert found.ranking == {Level(0.2): ["set", "static"], Level(0.2, 2): ["set 2x"]}
     assert [(pair.a, pair.b) for pair in found.pairs] == [("set", "static")]
     titles = [each.title for each in tables.sections(found)]
     assert titles[:2] == ["80 % sparse (density 0.2)", "80 % sparse (density 0.2, 2x epochs)"]
@@ -409,7 +415,7 @@ def test_infeasible_members_are_listed_and_not_ranked(
     assert one.state == state
     assert note in one.note
     assert broken(found) == set()
-    ranked = (found.ranking or {})["0.2"]
+    ranked = (found.ranking or {})[Level(0.2)]
     assert ("dst" in ranked) == (state == "confirmed")
     assert found.rules[14].state == "holds"
     assert one.dense_gradient == "always"
@@ -441,7 +447,7 @@ def test_one_search_serves_several_densities(tmp_path: Path) -> None:
     # In W&B a run belongs to all densities that it serves: trial 5 has .2, and 6 has .25.
     one = Member.from_header(journal.header(front / "dst")["member"])
     roles = {winners.role(trial) for trial in runs.trials.values()}
-    assert {role: winners.group_of(one, runs, *role) for role in roles} == {
+    assert {role: winners.group_of(one, runs, role) for role in roles} == {
         ("final", 3): "b/dst@0.1",
         ("final", 5): "b/dst@0.2,0.22",
         ("paper", 0): "b/dst paper",
@@ -449,9 +455,9 @@ def test_one_search_serves_several_densities(tmp_path: Path) -> None:
     found = compare(tmp_path, ["a", "b"])
     assert broken(found) == set()
     assert found.levels == {
-        "0.1": ["a/set@0.1", "b/dst@0.1"],
-        "0.2": ["a/set@0.2", "b/dst@0.2"],
-        "0.22": ["a/set@0.22", "b/dst@0.22"],
+        Level(0.1): ["a/set@0.1", "b/dst@0.1"],
+        Level(0.2): ["a/set@0.2", "b/dst@0.2"],
+        Level(0.22): ["a/set@0.22", "b/dst@0.22"],
     }
     dst = {c.density: c.chosen for c in found.cells if c.space == "dst" and c.chosen}
     assert {density: (line.trial, line.group) for density, line in dst.items()} == {
@@ -476,7 +482,7 @@ def test_spaces_of_two_sweeps_are_told_apart(tmp_path: Path) -> None:
         "b/set@0.2": "b/set",
         "b/rigl@0.2": "rigl",
     }
-    assert sorted((found.ranking or {})["0.2"]) == ["a/set", "b/set", "rigl", "static"]
+    assert sorted((found.ranking or {})[Level(0.2)]) == ["a/set", "b/set", "rigl", "static"]
     assert ("a/set", "b/set") in {(pair.a, pair.b) for pair in found.pairs}
     looks = [search.look for search in search_figures.load(found, tmp_path)]
     assert [look.name for look in looks] == ["a/set", "static", "b/set", "rigl"]
@@ -530,7 +536,7 @@ def test_a_method_whose_trials_all_diverged(tmp_path: Path) -> None:
     found = compare(tmp_path, ["a"])
     assert broken(found) == set()
     assert "a/static@0.2: none of its trials was trained to the end (4 diverged)" in found.notes
-    assert found.ranking == {"0.2": ["set"]}
+    assert found.ranking == {Level(0.2): ["set"]}
     assert found.rules[11].figure.startswith("in the searches 0 stopped, 4 diverged, 0 failed")
 
 
@@ -540,7 +546,7 @@ def test_a_density_that_one_method_lacks(tmp_path: Path) -> None:
     confirmed(told(tmp_path, ["static"], *SETTLED, "name=b"), "seeds=3")
     found = compare(tmp_path, ["a", "b"])
     assert "static was not searched at density 0.5" in found.notes
-    assert found.ranking == {"0.2": ["set", "static"], "0.5": ["set"]}
+    assert found.ranking == {Level(0.2): ["set", "static"], Level(0.5): ["set"]}
 
 
 def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from sparsetune.comparison import confirm, winners
 from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
+from sparsetune.store.lines import encode
 from sparsetune.sweeps.create import Extension
 from sparsetune.training import checkpoint, data, trainer
 from sparsetune.training.setup import prepare
@@ -88,6 +89,7 @@ def test_seeds_that_were_asked_for_and_not_begun(tmp_path: Path) -> None:
     with begun(path, "seeds=4") as (one,):
         assert confirm._extend(one)
         assert confirm.command([one]) == f"sparsetune confirm a storage={tmp_path} seeds=4"
+    assert journal.load(path / "static@0.2/confirm").header["confirm"]["num_seeds"] == 4
     confirmed(path)
     added = [(name, n, seed, 0.0, True) for seed in (1003, 1004)
              for name, n in (("final", 3), ("paper", 0))]  # fmt: skip
@@ -95,6 +97,18 @@ def test_seeds_that_were_asked_for_and_not_begun(tmp_path: Path) -> None:
     assert {t.origin for t in journal.load(path / "static@0.2/confirm").trials.values()} == {
         "start:rank 4", "start:rank 3", "start:final 3", "start:paper 0"
     }  # fmt: skip
+
+
+def test_seeds_that_were_asked_for_of_version_0_1_0(tmp_path: Path) -> None:
+    """Its journals say how many runs there shall be, and not by how many seeds."""
+    path = confirmed(told(tmp_path, ["static"], *SETTLED), "seeds=2", "top=2")
+    before, file = runs(path), path / "static@0.2/confirm/journal.jsonl"
+    events = journal.read(file.parent)
+    events[0]["confirm"].pop("num_seeds")
+    events.append({"seq": len(events), "time": 0.0, "type": "extend", "trials": len(before) + 4})
+    file.write_bytes(b"".join(map(encode, events)))
+    confirmed(path)
+    assert [run[2] for run in runs(path)[len(before) :]] == [1003, 1003, 1004, 1004]
 
 
 def test_rankings_are_not_tried_again_once_the_test_images_were_read(tmp_path: Path) -> None:

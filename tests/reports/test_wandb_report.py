@@ -25,6 +25,7 @@ from sparsetune.comparison.values import (
     Cell,
     Comparison,
     Interval,
+    Level,
     Line,
     Pair,
     Rule,
@@ -88,9 +89,9 @@ def toy(**given: Any) -> Comparison:
     ]  # fmt: skip
     words: dict[str, Any] = {
         "names": ["toy", "other/dst@0.05"], "match": "density", "seeds": [1001, 1002],
-        "cells": cells, "levels": {"0.05": [each.name for each in cells[:3]]},
+        "cells": cells, "levels": {Level(0.05): [each.name for each in cells[:3]]},
         "pairs": [Pair(0.05, "set", "rigl", Interval(0.2, 0.1, 0.3), None, None, None)],
-        "rules": RULES, "ranking": {"0.05": ["rigl", "set"]},
+        "rules": RULES, "ranking": {Level(0.05): ["rigl", "set"]},
         "notes": ["other/dst@0.05: none of its trials is <within> its bounds"], "about": {},
     }  # fmt: skip
     return Comparison(**words | given)
@@ -243,7 +244,7 @@ def test_saved_again_it_is_the_same_report(server: WandbServer, storage: Path) -
     view["displayName"] = "Which is best?"  # on W&B's site, where somebody comments on it, too
     spec = json.loads(view["spec"])
     view["spec"] = json.dumps(spec | {"discussionThreads": [{"id": "why?"}]})
-    again = save(storage, toy(ranking={"0.05": ["set", "rigl"]}))
+    again = save(storage, toy(ranking={Level(0.05): ["set", "rigl"]}))
     assert list(server.reports) == [view["id"]]
     assert again == url.replace("sparsetune-toy-other-dst@0.05", "Which-is-best?")
     assert "1. set 97.31, 2. rigl 98.00" in text(view)
