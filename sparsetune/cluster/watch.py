@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Protocol
 
 from sparsetune.store.paths import AWAY_SECONDS, StorageAway, why
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE_SECONDS = 20.0  # how long a running epoch may take to end after Ctrl-C
 
 
@@ -71,13 +71,13 @@ class Watch:
 
     def install(self) -> None:
         """Called again once Ray and Tune, which install handlers of their own, have started."""
-        for number in SIGNALS:
+        for number in _signals():
             signal.signal(number, self._signal)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Handles signals until the end of the `with`, and swallows what they raise."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in _signals()}
         self.install()
         try:
             yield
@@ -87,3 +87,9 @@ class Watch:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _signals() -> tuple[signal.Signals, ...]:
+    """Those that can be handled here: Python lets the main thread alone do so."""
+    main = threading.current_thread() is threading.main_thread()
+    return (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main else ()

@@ -17,7 +17,7 @@ import functools
 import itertools
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ from sparsetune.sweeps.create import Extension, Writable, note_driver, opened
 from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.recording import Recording, wandb_folder
 from sparsetune.sweeps.run import tune
-from sparsetune.sweeps.status import is_done
+from sparsetune.sweeps.status import counted, is_done
 from sparsetune.training import checkpoint, data, trainer
 from sparsetune.training.setup import setup_of
 
@@ -157,7 +157,9 @@ def _planned(search: Writable, asked: Asked) -> dict[str, Any]:
     }
 
 
-def _begin(search: Writable, plan: dict[str, Any], asked: Asked, stack: ExitStack) -> Confirmation:
+def _begin(
+    search: Writable, plan: dict[str, Any], asked: Asked, words: list[str], stack: ExitStack
+) -> Confirmation:
     """Opens the member's confirmation, or creates it."""
     folder = folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
@@ -165,7 +167,7 @@ def _begin(search: Writable, plan: dict[str, Any], asked: Asked, stack: ExitStac
     else:
         kept = ("sweep_id", "order", "members", "data", "network", "code", "member")
         header = {key: value for key, value in search.journal.record.header.items() if key in kept}
-        header |= {"command": "confirm", "argv": sys.argv[1:], "trials": 0}
+        header |= {"command": "confirm", "argv": ["confirm", *words], "trials": 0}
         writer = Journal.create(folder, header | {"versions": versions(), "confirm": plan})
     stack.callback(writer.close)
     writer.guard = search.journal.guard
@@ -296,12 +298,12 @@ def _tested(confirmation: Confirmation) -> list[Trial]:
 
 @contextmanager
 def begun(
-    storage: Path, name: str, asked: Asked, wanted: Extension
+    storage: Path, name: str, asked: Asked, wanted: Extension, words: Sequence[str] = ()
 ) -> Iterator[list[Confirmation]]:
     """The confirmations of a finished sweep, or of one member, ours to write until the end.
 
     `wanted`: where runs are trained, for this time alone, and whether failed ones are tried again.
-    ValueError for what cannot be confirmed, or not as is asked.
+    A new one's journals keep the `words`. ValueError for what cannot be confirmed as is asked.
     """
     with ExitStack() as stack:
         here = dataclasses.replace(wanted, retry_failed=False)
@@ -320,7 +322,7 @@ def begun(
         able = [(search, plan) for search, plan in planned if plan["candidates"]]
         if not able:
             raise ValueError(f"confirm: there is no trial of {name} that could be confirmed")
-        confirmations = [_begin(search, plan, asked, stack) for search, plan in able]
+        confirmations = [_begin(search, plan, asked, [*words], stack) for search, plan in able]
         for confirmation in confirmations if wanted.retry_failed else ():
             _retry(confirmation)
         yield confirmations
@@ -350,11 +352,9 @@ def _retry(confirmation: Confirmation) -> None:
             confirmation.runs.journal.append({"type": "retry", "number": run.number})
 
 
-def run(confirmations: list[Confirmation]) -> int:
-    """Trains the runs that are missing and reads what is to be tested.
-
-    Exit status: 0 done, 1 runs failed, 130 interrupted. ClusterError as in `sweep.run`.
-    """
+def run(confirmations: list[Confirmation]) -> dict[str, Any]:
+    """Trains the runs that are missing, reads what is to be tested; prints and returns what came
+    of it. ClusterError as in `sweeps.run`."""
     first = confirmations[0].search
     folder = first.folder.parent
     check_cluster(first.member.settings.ray, folder)
@@ -421,25 +421,30 @@ def read_tests(confirmation: Confirmation, watch: Watch) -> None:
         watch.tick()
 
 
-def _close(folder: Path, confirmations: list[Confirmation], upload: str | None, left: bool) -> int:
-    failed = False
+def _close(
+    folder: Path, confirmations: list[Confirmation], upload: str | None, left: bool
+) -> dict[str, Any]:
+    members: list[dict[str, Any]] = []
     for confirmation in confirmations:
-        name, tested = confirmation.search.member.name, _tested(confirmation)
+        name, tested = confirmation.search.name, _tested(confirmation)
+        accuracies = {}
         for number in sorted(number for number in confirmation.winners if number is not None):
             tests = [t.test["test/accuracy"] for t in tested if t.test and role(t).number == number]
             if tests:
+                accuracies[number] = tests
                 mean = statistics.fmean(tests)
                 print(f"{name}: trial {number}, test accuracy {mean:.2%} over {len(tests)} seeds")
         for run in confirmation.record.trials.values():
             if run.status == "failed":
-                failed = True
-                print(f"failed: {confirmation.runs.member.name} trial {run.number}: {run.error}")
+                print(f"failed: {confirmation.runs.name} trial {run.number}: {run.error}")
+        trials = counted(confirmation.record)
+        members.append({"name": name, "trials": trials, "test/accuracy": accuracies})
     if upload:
         print(f"W&B records are offline; upload them by: {upload}")
     if left:
         print(f"Interrupted. Go on by: {command(confirmations)}")
-        return 130
-    if failed:
+        return {"name": folder.name, "state": "interrupted", "members": members}
+    if any(member["trials"]["failed"] for member in members):
         print(f"Try failed runs again by: {command(confirmations)} --retry-failed")
     print(f"Compare by: {resume_command(folder, 'compare')}")
-    return 1 if failed else 0
+    return {"name": folder.name, "state": "finished", "members": members}

@@ -15,6 +15,7 @@ from sparsetune.comparison.winners import confirmations, role
 from sparsetune.settings import to_dict
 from sparsetune.space import config
 from sparsetune.space.member import Member, load_member
+from sparsetune.space.words import storage_folder
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
@@ -46,8 +47,7 @@ def load(name: str, storage: str | Path | None = None) -> pd.DataFrame:
     """
     import pandas as pd
 
-    given = config.build({} if storage is None else {"storage": str(storage)}).storage
-    folders = member_folders(config.storage_folder(given), name)
+    folders = member_folders(storage_folder(storage), name)
     parts = [part for folder in folders for part in _parts(folder)]
     asked = {key for _, _, member in parts for key in member.space.fixed}
     trials = [trial for _, record, _ in parts for trial in record.trials.values()]

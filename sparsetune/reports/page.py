@@ -14,16 +14,34 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from sparsetune.comparison.compare import Match, compare
 from sparsetune.comparison.values import Comparison, Interval
 from sparsetune.reports import search_figures
 from sparsetune.reports.figures import Results, section, sparsity
 from sparsetune.reports.search_figures import short
 from sparsetune.reports.svg import Look, swatch
 from sparsetune.reports.tables import Section, by_level, percent, sections
+from sparsetune.space.words import storage_folder
 from sparsetune.terminal import settings_shown, shown
 
 OURS = '<meta name="generator" content="sparsetune report">'
 BAD = ("broken", "infeasible", "unconfirmed", "unfinished")
+
+
+def report(
+    *names: str,
+    html: str | Path | None = None,
+    match: Match = "density",
+    storage: str | Path | None = None,
+) -> Path:
+    """Writes a comparison as a page of its own, as `sparsetune report` does; where it is.
+
+    `html`: the file, NAME.html by default. ValueError for one that is there and is no page of ours.
+    """
+    comparison = compare(*names, match=match, storage=storage)
+    file = Path(html or f"{'-'.join(names).replace('/', '-')}.html")
+    write(file, comparison, storage_folder(storage))
+    return file.resolve()
 
 
 def write(file: Path, comparison: Comparison, storage: Path) -> None:

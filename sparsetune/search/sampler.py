@@ -6,9 +6,12 @@ it needs to be saved (`study.py`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import optuna
 
 from sparsetune.space.config import SamplerSettings
+from sparsetune.space.member import Member
 
 
 class NSGAII(optuna.samplers.NSGAIISampler):
@@ -36,3 +39,11 @@ def make_sampler(settings: SamplerSettings, seed: int) -> optuna.samplers.BaseSa
     if name == "nsga2":
         return NSGAII(seed=seed)
     return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, constant_liar=True)
+
+
+def examples(member: Member, num: int) -> list[dict[str, Any]]:
+    """Settings that the member's sampler might suggest, knowing nothing yet."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = make_sampler(member.settings.sampler, seed=0)
+    study = optuna.create_study(directions=member.directions, sampler=sampler)
+    return [member.space.suggest(study.ask()) for _ in range(num)]

@@ -31,30 +31,29 @@ from sparsetune.sweeps.alone import train_alone
 from sparsetune.sweeps.create import Writable, note_driver
 from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.recording import Recording, wandb_folder
-from sparsetune.sweeps.status import is_done, print_result
-from sparsetune.training.data import Dataset
-from sparsetune.training.data import load as load_data
+from sparsetune.sweeps.status import is_done, print_members, sweep_status
+from sparsetune.sweeps.unchanged import datasets
 
 
-def run(members: list[Writable]) -> int:
-    """Trains what the journals lack. Exit status: 0 done, 1 trials failed, 130 interrupted.
+def run(members: list[Writable]) -> dict[str, Any]:
+    """Trains what the journals lack; prints and returns what came of it (`status.sweep_status`).
 
     ClusterError where the Ray that was asked for cannot be used.
     """
     folder = members[0].folder.parent
-    command = members[0].journal.record.header["command"]
+    command = members[0].record.header["command"]
     if command == "sweep" and not _all_done(members):
         check_cluster(members[0].member.settings.ray, folder)
     note_driver(members)
     recording = Recording(members, wandb_folder(members[0]))
-    with Progress({one.member.name: (one.member, one.journal.record) for one in members}) as bar:
-        watch = Watch(recording.send, bar)
-        for one in members:
-            one.journal.trouble = watch.trouble
+    with Progress({each.name: (each.member, each.record) for each in members}) as progress:
+        watch = Watch(recording.send, progress)
+        for writable in members:
+            writable.journal.trouble = watch.trouble
         if command == "train":
-            train_alone(members[0], watch, bar)
+            train_alone(members[0], watch, progress)
         elif not _all_done(members):
-            tune(members, scheduling([one.member for one in members]), watch)
+            tune(members, scheduling([writable.member for writable in members]), watch)
     recording.send(last=True)
     return _close(folder, members, recording)
 
@@ -69,35 +68,31 @@ def tune(
     `runs` that there are to be."""
     settings = members[0].member.settings
     choices = _choices(members, None)
-    studies = []
-    for number, (one, choice) in enumerate(zip(members, choices, strict=True)):
-        group = structure(one.member.trial_settings({}, {}), choice.name)
-        points = None if runs is None else runs[number]
-        studies.append(MemberStudy(one.member, one.journal, settings.seed, points, group))
 
     def slots(on_gpu: bool | None) -> int:
         return _slots(members, choices if on_gpu is None else _choices(members, on_gpu))
 
-    with _needs(members) as (needed, sent):
+    with watch.signals(), _needs(members) as (needed, sent):
+        studies = []
+        for number, (writable, choice) in enumerate(zip(members, choices, strict=True)):
+            points = None if runs is None else runs[number]
+            group = structure(writable.member.trial_settings({}, {}), choice.name)
+            studies.append(
+                MemberStudy(writable.member, writable.journal, settings.seed, points, group)
+            )
         tune_all(studies, settings, stopping, slots, needed, sent, watch)
 
 
 def _choices(members: list[Writable], on_gpu: bool | None) -> list[Choice]:
     """Which engine each member has."""
-    datasets: dict[str, Dataset] = {}  # most sweeps have one, and reading it takes a while
-    choices = []
-    for one in members:
-        settings = one.member.settings.data
-        if repr(settings) not in datasets:
-            datasets[repr(settings)] = load_data(settings)
-        choices.append(engine_choice(one.member, datasets[repr(settings)], on_gpu))
-    return choices
+    own = [writable.member for writable in members]
+    return [engine_choice(*pair, on_gpu) for pair in zip(own, datasets(own), strict=True)]
 
 
 def _slots(members: list[Writable], choices: list[Choice]) -> int:
     """What an engine does well with; prints which engine each member has."""
     for choice in dict.fromkeys(choices):
-        names = [o.member.name for o, c in zip(members, choices, strict=True) if c == choice]
+        names = [m.name for m, other in zip(members, choices, strict=True) if other == choice]
         print(f"Engine for {', '.join(names)}: {choice.name} ({choice.reason}).", file=sys.stderr)
     return max(choice.slots for choice in choices)
 
@@ -105,19 +100,20 @@ def _slots(members: list[Writable], choices: list[Choice]) -> int:
 @contextmanager
 def _needs(members: list[Writable]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """What a cluster's nodes must have, and what Ray sends them; of this machine nothing."""
-    settings = [one.member.settings for one in members]
+    settings = [writable.member.settings for writable in members]
     if not settings[0].ray.cluster:
         yield {}, {}
         return
-    paths = {path for each in settings for path in (each.data.name, each.model.name) if ":" in path}
-    sent: dict[str, Any] = {"py_modules": users_modules(sorted(paths))} if paths else {}
+    named = [name for own in settings for name in (own.data.name, own.model.name)]
+    paths = sorted({name for name in named if ":" in name})
+    sent: dict[str, Any] = {"py_modules": users_modules(paths)} if paths else {}
     token = members[0].folder.parent / ".seen"
     if isinstance(token, S3Path):
         sent["env_vars"] = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
     token.write_text(uuid.uuid4().hex)
-    models = [to_dict(each.model) for each in settings]
-    data = [to_dict(each.data) for each in settings]
-    prints = [one.journal.record.header["data"] for one in members]
+    models = [to_dict(own.model) for own in settings]
+    data = [to_dict(own.data) for own in settings]
+    prints = [writable.record.header["data"] for writable in members]
     try:
         yield needs(token, models, list(zip(data, prints, strict=True))), sent
     finally:
@@ -126,23 +122,24 @@ def _needs(members: list[Writable]) -> Iterator[tuple[dict[str, Any], dict[str, 
 
 
 def _all_done(members: list[Writable]) -> bool:
-    return all(is_done(one.journal.record) for one in members)
+    return all(is_done(writable.record) for writable in members)
 
 
-def _close(folder: Path, members: list[Writable], recording: Recording) -> int:
-    command = recording.tracker.close()
+def _close(folder: Path, members: list[Writable], recording: Recording) -> dict[str, Any]:
+    upload = recording.tracker.close()
     for problem in recording.tracker.problems:
         print(problem, file=sys.stderr)
-    print_result([one.folder for one in members])
-    if command:
-        print(f"W&B records are offline; upload them by: {command}")
+    result = sweep_status([writable.folder for writable in members], driven=False)
+    print_members(result.get("members", [result]))
+    if upload:
+        print(f"W&B records are offline; upload them by: {upload}")
     if not _all_done(members):
         print(f"Interrupted. Go on by: {resume_command(folder)}")
-        return 130
+        return result
     failed = [
-        f"{one.member.name} trial {trial.number}: {trial.error}"
-        for one in members
-        for trial in one.journal.record.trials.values()
+        f"{writable.name} trial {trial.number}: {trial.error}"
+        for writable in members
+        for trial in writable.record.trials.values()
         if trial.status == "failed"
     ]
     for line in failed:
@@ -150,4 +147,4 @@ def _close(folder: Path, members: list[Writable], recording: Recording) -> int:
     if failed:
         again = f"{resume_command(folder)} --retry-failed"
         print(f"Try them again, from their checkpoints, by: {again}", file=sys.stderr)
-    return 1 if failed else 0
+    return result

@@ -69,6 +69,12 @@ def _described(member: Member, trial: Trial) -> dict[str, Any]:
     }
 
 
+def counted(record: journal.Record) -> dict[str, int]:
+    """{"total": those asked for, "finished": ..., ...}"""
+    statuses = [trial.status for trial in record.trials.values()]
+    return {"total": record.asked} | {status: statuses.count(status) for status in STATUSES}
+
+
 def summary(folder: Path, driven: bool = True) -> dict[str, Any]:
     """One member: the keys that `sparsetune status --json` promises.
 
@@ -76,22 +82,21 @@ def summary(folder: Path, driven: bool = True) -> dict[str, Any]:
     """
     member, record = load_member(folder)
     trials = record.trials.values()
-    found = [_described(member, trial) for trial in front(member, record)]
+    best = [_described(member, trial) for trial in front(member, record)]
     state = "finished" if is_done(record) else "interrupted"
     if state == "interrupted" and driven and holder(folder.parent) is not None:
         state = "running"
     result: dict[str, Any] = {
         "name": member.name,
         "state": state,
-        "trials": {"total": record.asked}
-        | {status: sum(trial.status == status for trial in trials) for status in STATUSES},
+        "trials": counted(record),
         "epochs_trained": sum(len(trial.reports) for trial in trials),
-        "best": (found if len(member.objectives) > 1 else found[0]) if found else None,
+        "best": (best if len(member.objectives) > 1 else best[0]) if best else None,
         "device_seconds": round(
             sum(r.metrics.get("device_seconds", 0.0) for t in trials for r in t.reports), 3
         ),
     }
-    if not found:
+    if not best:
         reached = [
             trial.reports[-1].metrics["density/all"]
             for trial in trials
@@ -101,9 +106,9 @@ def summary(folder: Path, driven: bool = True) -> dict[str, Any]:
     return result
 
 
-def sweep_status(folders: list[Path]) -> dict[str, Any]:
+def sweep_status(folders: list[Path], driven: bool = True) -> dict[str, Any]:
     """A sweep of one member is that member itself; several stand in `members`."""
-    members = [summary(folder) for folder in folders]
+    members = [summary(folder, driven) for folder in folders]
     if len(members) == 1:
         return members[0]
     states = {member["state"] for member in members}
@@ -150,8 +155,3 @@ def print_members(members: list[dict[str, Any]]) -> None:
     console.print(table)
     for note in notes:
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
-
-
-def print_result(folders: list[Path]) -> None:
-    """The table of the members that a driver leaves behind."""
-    print_members([summary(path, driven=False) for path in folders])
