@@ -21,4 +21,4 @@ fi
 sparsetune confirm $name
 sparsetune compare $name --csv docs/$name.csv
 sparsetune report $name --html docs/$name.html
-python scripts/picture.py docs/$name.html docs/$name.svg
+python scripts/picture.py $name docs/$name.svg

@@ -1,26 +1,23 @@
-"""The main picture of a report's page, as an SVG of its own: light or dark as its reader's screen.
+"""The main picture of a comparison, as an SVG of its own: light or dark as its reader's screen.
 
-python scripts/picture.py PAGE.html PICTURE.svg
+python scripts/picture.py NAME PICTURE.svg
 """
 
-import re
 import sys
 from pathlib import Path
 
-page = Path(sys.argv[1]).read_text(encoding="utf-8")
-style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)
-start = page.find('<svg class="chart"')
-if style is None or start < 0:
-    sys.exit(f"{sys.argv[1]}: no picture in it; is it a page by `sparsetune report`?")
-depth = end = 0
-for tag in re.finditer(r"<svg\b|</svg>", page[start:]):
-    depth += 1 if tag.group() == "<svg" else -1
-    if depth == 0:
-        end = start + tag.end()
-        break
+from sparsetune.comparison.compare import compare
+from sparsetune.reports.figures import Results
+from sparsetune.reports.svg import style
+from sparsetune.space import config
+
+name, file = sys.argv[1:]
+storage = config.storage_folder(config.build({}).storage)
+pictures = Results(compare(name, storage=storage)).main().pictures
+if not pictures:
+    sys.exit(f"{name}: nothing of it is confirmed; do so by: sparsetune confirm {name}")
 own = "svg { background: var(--back); font-family: system-ui, sans-serif; } .chart text {"
 own += " font-size: 7.5px; }"
-head = '<svg xmlns="http://www.w3.org/2000/svg" class="chart"'
-drawn = page[start:end].replace('<svg class="chart"', head, 1)
-drawn = drawn.replace(">", f"><style>{style.group(1)}\n{own}</style>", 1)
-Path(sys.argv[2]).write_text(drawn + "\n", encoding="utf-8")
+start, _, rest = pictures[0].partition(">")
+start = start.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
+Path(file).write_text(f"{start}><style>{style()}\n{own}</style>{rest}", encoding="utf-8")

@@ -27,9 +27,8 @@ from sparsetune.training.setup import setup_of
 
 Exported = dict[str, Any]
 """state_dict of the network; masks {weight: bool tensor}; config, the trial's settings, nested;
-network (input shape, number
-of classes); normalization {mean, deviation} [c] of images in 0..1 (the user's arrays of
-floats as they are); metrics of the exported epoch; member, trial, versions."""
+network (input shape, number of classes); normalization {mean, deviation} [c] of images in 0..1 (the
+user's arrays of floats as they are); metrics of the exported epoch; member, trial, versions."""
 
 
 def export(storage: Path, name: str, which: str, file: Path) -> tuple[Member, Exported]:
@@ -62,16 +61,16 @@ def _chosen(member: Member, record: journal.Record, which: str) -> Trial:
                 f"{len(record.trials)}, counted from 0"
             )
         return record.trials[int(which)]
-    found = front(member, record)
-    if len(found) != 1:
-        numbers = ", ".join(str(trial.number) for trial in found)
+    best = front(member, record)
+    if len(best) != 1:
+        numbers = ", ".join(str(trial.number) for trial in best)
         why = (
             f"no one is best among {numbers}, by {' and '.join(member.objectives)}"
-            if found
+            if best
             else "none was trained to the end within its bounds"
         )
         raise ValueError(f"trial: of {member.name} {why}; give one by --trial N")
-    return found[0]
+    return best[0]
 
 
 def _exported(member: Member, record: journal.Record, trial: Trial, folder: Path) -> Exported:
@@ -113,10 +112,10 @@ def to_wandb(member: Member, exported: Exported, file: Path, mode: str | None) -
     wandb = member.settings.wandb
     settings = dataclasses.replace(wandb, mode=mode or wandb.mode)
     about = {key: exported[key] for key in ("member", "trial", "metrics", "versions")}
-    given = {
+    run = {
         "job_type": "export",
         "group": member.name.partition("/")[0],
         "name": f"{member.name} trial {exported['trial']}",
         "config": exported["config"],
     }
-    return log_file(settings, Path.cwd(), file, member.name, about, given)
+    return log_file(settings, Path.cwd(), file, member.name, about, run)

@@ -54,8 +54,8 @@ def load(name: str, storage: str | Path | None = None) -> pd.DataFrame:
     asked |= {key for trial in trials for key in trial.params | trial.fixed}
     keys = sorted(filter(config.is_trial_key, asked))
     rows = [row for part in parts for row in _rows(*part, keys)]
-    found = dict.fromkeys(key for row in rows for key in row)  # in the order in which they came
-    metrics = [key for key in found if key not in FIRST and not key.startswith("config.")]
+    named = dict.fromkeys(key for row in rows for key in row)  # in the order in which they came
+    metrics = [key for key in named if key not in FIRST and not key.startswith("config.")]
     configs = [f"config.{key}" for key in keys]
     # Objects first: pandas would take whole numbers with gaps for floats.
     frame = pd.DataFrame(rows, columns=[*FIRST, *metrics, *configs], dtype=object)

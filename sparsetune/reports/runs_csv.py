@@ -7,10 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from sparsetune.comparison.values import (
-    Comparison,
-    Line,
-)
+from sparsetune.comparison.values import Comparison, Line
 
 COLUMNS = (
     "cell", "sweep", "space", "method", "density asked", "state", "setting", "trial", "seed",
@@ -42,10 +39,10 @@ def write_csv(comparison: Comparison, file: IO[str]) -> None:
         tail += [tuning.trials[s] for s in ("finished", "stopped", "diverged", "failed")]
         tail += [tuning.epochs, round(tuning.device_seconds, 3)]
         lines: Iterable[tuple[str, Line | None]] = (("chosen", cell.chosen), ("paper", cell.paper))
-        found = [(setting, line) for setting, line in lines if line is not None]
-        if not found:
+        trained = [(setting, line) for setting, line in lines if line is not None]
+        if not trained:
             rows.writerow([*head, *[None] * 10, *tail])
-        for setting, line in found:
+        for setting, line in trained:
             whole: list[Any] = [line.density, line.density_sparse, line.parameters]
             whole += [line.flops_train, line.flops_inference]
             for seed, status, test in zip(line.seeds, line.statuses, line.test, strict=True):

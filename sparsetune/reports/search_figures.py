@@ -7,7 +7,7 @@ here is a result; the captions say so.
 from __future__ import annotations
 
 import math
-import statistics as standard
+import statistics
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 
 from sparsetune.comparison.values import Comparison, told_apart
-from sparsetune.reports.figures import SMALL, as_percent, figure, look_of, sparse, window
+from sparsetune.reports.figures import SMALL, Figure, as_percent, look_of, titled, window
 from sparsetune.reports.svg import CROSS, Axis, Chart, Look, bars, parallel
 from sparsetune.space.member import Member, load_member
 from sparsetune.space.space import Dimension
@@ -39,46 +39,47 @@ class Search:
 
     @property
     def title(self) -> str:
-        density = self.member.density
-        return self.look.name if density is None else f"{self.look.name}, {sparse(density)}"
+        return titled(self.look, self.member.density)
+
+    def last(self, trial: Trial) -> dict[str, float]:
+        return trial.reports[-1].metrics if trial.reports else {}
 
     def accuracy(self, trial: Trial) -> float:
         """Of validation, at its last epoch."""
-        last = trial.reports[-1].metrics if trial.reports else {}
-        return last.get("val/accuracy", math.nan)
+        return self.last(trial).get("val/accuracy", math.nan)
 
 
 def load(comparison: Comparison, storage: Path) -> list[Search]:
-    folders = [each for name in comparison.names for each in member_folders(storage, name)]
+    folders = [path for name in comparison.names for path in member_folders(storage, name)]
     loaded = [load_member(folder) for folder in folders]
-    spaces = told_apart([(m.name.partition("/")[0], m.space.name) for m, _ in loaded])
+    names = told_apart([(m.name.partition("/")[0], m.space.name) for m, _ in loaded])
     return [
-        Search(member, record, look_of(comparison, space, member.traits.name))
-        for (member, record), space in zip(loaded, spaces, strict=True)
+        Search(member, record, look_of(comparison, name, member.space.name))
+        for (member, record), name in zip(loaded, names, strict=True)
     ]
 
 
-def figures(found: list[Search]) -> list[str]:
+def figures(searches: list[Search]) -> list[Figure]:
     by_look: dict[Look, list[Search]] = {}
-    for search in found:
+    for search in searches:
         by_look.setdefault(search.look, []).append(search)
     return [
-        figure(
-            "Search history", map(_history, found),
+        Figure(
+            "Search history", [*map(_history, searches)],
             "Validation accuracy of each trial at its last epoch, %, by its number, and the best "
             "so far. Search runs, one seed each: no results. Hollow: stopped early, still running, "
             "or above the bound on density; cross: diverged or failed; arrow: below the picture; "
             "dark edge: a start point.", "small",
         ),
-        figure(
-            "Parallel coordinates", map(_parallel, by_look.values()),
+        Figure(
+            "Parallel coordinates", [*map(_parallel, by_look.values())],
             "Each line is a trial, from what was searched to its validation accuracy; the best "
             "quarter of each search is in colour. A line is broken where a setting does not "
             "apply. Search runs of all densities of a method, one seed each; trials that ran to "
             "their end.",
         ),
-        figure(
-            "Importance of what was searched", map(_importance, by_look.values()),
+        Figure(
+            "Importance of what was searched", [*map(_importance, by_look.values())],
             f"PED-ANOVA: how much each setting decides whether a trial is among the best "
             f"{GOOD:.0%} of its search by validation accuracy, in shares of 1; bars are means over "
             f"densities, points the densities. Search runs; members with {ENOUGH} finished trials "
@@ -94,22 +95,16 @@ def _history(search: Search) -> str:
         return ""
     x = Axis(-0.7, search.record.asked - 0.3)
     chart = Chart(x, window(values, [], ""), search.title, [], *SMALL)
-    best = -math.inf
-    ways: list[float] = []
-    heights: list[float] = []
+    best, steps = -math.inf, list[tuple[float, float]]()
     for trial in trials:
         value = search.accuracy(trial)
-        last = trial.reports[-1].metrics if trial.reports else {}
-        kept = search.member.constraint(last) <= 0
+        kept = search.member.constraint(search.last(trial)) <= 0
         lost = trial.status in ("diverged", "failed") or not math.isfinite(value)
         if trial.status == "finished" and kept and not lost and value > best:
-            if heights:
-                ways.append(float(trial.number))
-                heights.append(best)
+            steps += [(trial.number, best)] if steps else []
             best = value
         if math.isfinite(best):
-            ways.append(float(trial.number))
-            heights.append(best)
+            steps.append((trial.number, best))
         kind = "" if trial.status == "finished" and kept else "hollow"
         kind += " start" if trial.origin.startswith("start:") else ""
         says = f"trial {trial.number} ({trial.origin}), {trial.status}: {as_percent(value)}; "
@@ -117,7 +112,7 @@ def _history(search: Search) -> str:
         place = chart.y.low if lost else value
         mark = CROSS if lost else ""
         chart.point(search.look, trial.number, place, says, kind.strip(), 2.0, mark=mark)
-    chart.line(search.look, ways, heights, "step")
+    chart.line(search.look, [x for x, _ in steps], [y for _, y in steps], "step")
     return chart.svg()
 
 
@@ -131,16 +126,16 @@ def _done(search: Search) -> list[Trial]:
     return sorted(trials, key=search.accuracy)
 
 
-def _parallel(found: list[Search]) -> str:
-    dimensions = found[0].member.space.search
-    trials = [(search, trial) for search in found for trial in _done(search)]
+def _parallel(searches: list[Search]) -> str:
+    dimensions = searches[0].member.space.search
+    trials = [(search, trial) for search in searches for trial in _done(search)]
     if not trials or not dimensions:
         return ""
     axes = [_axis(key, dimension) for key, dimension in dimensions.items()]
     known = [search.accuracy(trial) for search, trial in trials]
     axes.append(window(known, [], "validation accuracy, %"))
     lines: list[tuple[Look, list[float | None], str, str]] = []
-    for search in found:
+    for search in searches:
         done = _done(search)
         for place, trial in enumerate(done):
             good = place >= len(done) - max(1, round(GOOD * len(done)))
@@ -149,8 +144,8 @@ def _parallel(found: list[Search]) -> str:
             says = f"{search.title}, trial {trial.number}: {as_percent(accuracy)}; "
             says += settings_shown(trial.params)
             lines.append((search.look, [*values, accuracy], "good" if good else "rest", says))
-    lines.sort(key=lambda each: each[2], reverse=True)  # the good ones above
-    return parallel(found[0].look.name, axes, lines)
+    lines.sort(key=lambda line: line[2], reverse=True)  # the good ones above
+    return parallel(searches[0].look.name, axes, lines)
 
 
 def short(key: str) -> str:
@@ -194,12 +189,12 @@ def importance(search: Search) -> dict[str, float]:
         return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 
-def _importance(found: list[Search]) -> str:
+def _importance(searches: list[Search]) -> str:
     rows: dict[str, list[tuple[str, float]]] = {}
-    for search in found:
+    for search in searches:
         for key, value in importance(search).items():
             rows.setdefault(short(key), []).append((search.title, value))
     if not rows:
         return ""
-    ordered = dict(sorted(rows.items(), key=lambda row: -standard.fmean(v for _, v in row[1])))
-    return bars(found[0].look, found[0].look.name, ordered, 1.0)
+    ordered = dict(sorted(rows.items(), key=lambda row: -statistics.fmean(v for _, v in row[1])))
+    return bars(searches[0].look, searches[0].look.name, ordered, 1.0)

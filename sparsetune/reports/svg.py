@@ -1,7 +1,7 @@
 """Pictures as SVG for a page: axes, lines, bands, points and labels that keep apart.
 
 The rule to know: a picture is 360 units wide whatever the screen, so that its text is readable on a
-phone; colours and sizes of text are the page's, by class (`report.css`), and every mark carries its
+phone; colours and sizes of text are the page's, by class (`style`), and every mark carries its
 values, in `data-` attributes at full precision and as a `<title>` that a pointer shows.
 
 Own code, because plotly.js alone is 4.8 MB, and matplotlib is 75 MB to install and needs its texts,
@@ -14,36 +14,58 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
 WIDTH = 360.0
 LETTER, LINE = 5.6, 11.0  # width and height of text, at the size that the page gives it
-# Of unit size: a second way to tell methods apart. Also the names of the colours in report.css.
-MARKS = {
-    "set": "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z",
-    "dsr": "M-.9-.9h1.8v1.8h-1.8z",
-    "sm": "M0-1.2L1.1.8h-2.2z",
-    "dst": "M0-1.3L1.1 0 0 1.3-1.1 0z",
-    "rigl": "M0 1.2L1.1-.8h-2.2z",
-    "gmp": "M-.4-1.2h.8v.8h.8v.8h-.8v.8h-.8v-.8h-.8v-.8h.8z",
-    "static": "M-1.2-.5h2.4v1h-2.4z",
-    "small_dense": "M-.5-1.2h1v2.4h-1z",
-    "dense": "M0-1.2L1.1-.4.7.9h-1.4L-1.1-.4z",
-}
+PALETTE = [  # by order of appearance: colour on white, colour on black, mark of unit size
+    ("#567cfd", "#4997fd", "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z"),
+    ("#f05905", "#fcab01", "M-.9-.9h1.8v1.8h-1.8z"),
+    ("#114a07", "#4ff9a2", "M0-1.2L1.1.8h-2.2z"),
+    ("#a94c6b", "#d91c62", "M0-1.3L1.1 0 0 1.3-1.1 0z"),
+    ("#1a15b0", "#5e59fe", "M0 1.2L1.1-.8h-2.2z"),
+    ("#51196c", "#b734aa", "M-.4-1.2h.8v.8h.8v.8h-.8v.8h-.8v-.8h-.8v-.8h.8z"),
+    ("#b48153", "#867119", "M-1.2-.5h2.4v1h-2.4z"),
+    ("#7c84b6", "#eab8fe", "M-.5-1.2h1v2.4h-1z"),
+    ("#00b49c", "#00c0b4", "M1.2 0L-.8-1.1v2.2z"),
+    ("#786000", "#f0f000", "M-1-1.1h2L-1 1.1h2z"),
+    ("#8400e4", "#fc7878", "M-1.2 0L.8-1.1v2.2z"),
+    ("#00609c", "#18a800", "M-1.2.6a1.2 1.2 0 0 1 2.4 0z"),
+]
+PENTAGON = "M0-1.2L1.1-.4.7.9h-1.4L-1.1-.4z"
 CROSS, BELOW = "M-1-1L1 1M1-1L-1 1", "M-1-.6L0 .6 1-.6"
 
 
 class Look(NamedTuple):
-    """How a series looks everywhere: `method` is its colour and mark, a key of MARKS; dashed where
-    it is a second one of them."""
+    """How a series looks everywhere: `colour` is a class of the page's css; dashed where another
+    series has the same colour and mark."""
 
     name: str
-    method: str
+    colour: str
+    mark: str = PENTAGON
     dashed: bool = False
 
     @property
     def css(self) -> str:
-        return f"m-{self.method}" + (" dashed" if self.dashed else "")
+        return self.colour + " dashed" * self.dashed
+
+
+def looks(place: int) -> tuple[str, str]:
+    """Colour class and mark of the series that appears at this place. After the last colour they
+    begin again, each with the next mark, and dotted lines."""
+    again, colour = divmod(place, len(PALETTE))
+    return f"c{colour}" + " dotted" * (again > 0), PALETTE[(colour + again) % len(PALETTE)][2]
+
+
+def style() -> str:
+    """The css of a page, with the colours of all series."""
+    light, dark = (
+        "".join(f".c{place} {{ --c: {colour}; }}\n" for place, colour in enumerate(colours))
+        for colours in list(zip(*PALETTE, strict=True))[:2]
+    )
+    own = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+    return f"{own}{light}@media screen and (prefers-color-scheme: dark) {{\n{dark}}}\n"
 
 
 @dataclass(frozen=True)
@@ -71,11 +93,11 @@ class Axis:
         if self.log:
             powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
             for steps in ((1, 2, 5), (1, 3), (1,)):
-                found = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
-                if 2 <= len(found) <= about + 2:
-                    return found
-            if len(found) > 2:
-                return found[:: math.ceil(len(found) / about)]
+                ticks = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
+                if 2 <= len(ticks) <= about + 2:
+                    return ticks
+            if len(ticks) > 2:
+                return ticks[:: math.ceil(len(ticks) / about)]
         raw = (high - low) / about
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(s * power for s in (1, 2, 5, 10) if s * power >= raw * 0.8)
@@ -98,8 +120,8 @@ def around(
     return Axis(low - gap, high + gap, label, False, form)
 
 
-def number(value: float) -> str:
-    """Of a picture's geometry."""
+def digits(value: float) -> str:
+    """A coordinate of the picture."""
     return f"{value:.1f}".rstrip("0").rstrip(".")
 
 
@@ -112,7 +134,7 @@ def attributes(**values: object) -> str:
 
 
 def text(x: float, y: float, content: str, css: str = "", anchor: str = "") -> str:
-    where = attributes(x=number(x), y=number(y), class_=css or None, text_anchor=anchor or None)
+    where = attributes(x=digits(x), y=digits(y), class_=css or None, text_anchor=anchor or None)
     return f"<text{where}>{escape(content)}</text>"
 
 
@@ -127,6 +149,7 @@ class Chart:
     back: list[str] = field(default_factory=list)  # clipped at the axes
     front: list[str] = field(default_factory=list)
     labels: list[tuple[float, float, str, str]] = field(default_factory=list)
+    below: bool = False  # does a point stand below the picture?
 
     def __post_init__(self) -> None:
         self.left = 12 + LETTER * max(len(self.y.form(tick)) for tick in self.y.ticks())
@@ -155,7 +178,7 @@ class Chart:
         points = [(xs[n], ys[n]) for n in self._kept(len(xs)) if math.isfinite(ys[n])]
         if not points:
             return
-        path = "L".join(f"{number(self.px(x) + shift)} {number(self.py(y))}" for x, y in points)
+        path = "L".join(f"{digits(self.px(x) + shift)} {digits(self.py(y))}" for x, y in points)
         values = attributes(
             data_x=" ".join(f"{x:.6g}" for x, _ in points),
             data_y=" ".join(f"{y:.6g}" for _, y in points),
@@ -172,8 +195,8 @@ class Chart:
     def band(self, look: Look, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float],
              **data: object) -> None:  # fmt: skip
         kept = [n for n in self._kept(len(xs)) if math.isfinite(lows[n] + highs[n])]
-        there = [f"{number(self.px(xs[n]))} {number(self.py(highs[n]))}" for n in kept]
-        again = [f"{number(self.px(xs[n]))} {number(self.py(lows[n]))}" for n in reversed(kept)]
+        there = [f"{digits(self.px(xs[n]))} {digits(self.py(highs[n]))}" for n in kept]
+        again = [f"{digits(self.px(xs[n]))} {digits(self.py(lows[n]))}" for n in reversed(kept)]
         if kept:
             path = "L".join(there + again)
             series = attributes(class_=look.css, data_series=look.name, **data)
@@ -187,66 +210,55 @@ class Chart:
         left, top = self.px(x) + shift, self.py(y)
         edge = self.height - self.bottom
         if top > edge + 0.1:
-            mark, top, kind = BELOW, edge - 4, f"{kind} beyond".strip()
+            mark, top, kind, self.below = BELOW, edge - 4, f"{kind} beyond".strip(), True
         elif low is not None and high is not None:
             ends = [max(self.top, min(edge, self.py(v))) for v in (low, high)]
-            bar = f"M{number(left)} {number(ends[0])}V{number(ends[1])}"
-            self.front.append(f'<g class="{look.css} {kind}"><path class="e" d="{bar}"/></g>')
-        place = f"translate({number(left)} {number(top)}) scale({number(size)})"
+            bar = f"M{digits(left)} {digits(ends[0])}V{digits(ends[1])}"
+            series = attributes(class_=f"{look.css} {kind}".strip(), data_series=look.name)
+            self.front.append(f'<g{series}><path class="e" d="{bar}"/></g>')
+        place = f"translate({digits(left)} {digits(top)}) scale({digits(size)})"
         values = attributes(
             class_=f"{look.css} {kind}".strip(), data_series=look.name,
             data_x=x, data_y=y, data_low=low, data_high=high,
         )  # fmt: skip
-        shape = mark or MARKS.get(look.method, MARKS["set"])
         self.front.append(
-            f'<g{values}><title>{escape(says)}</title><path class="p" d="{shape}" '
+            f'<g{values}><title>{escape(says)}</title><path class="p" d="{mark or look.mark}" '
             f'transform="{place}"/></g>'
         )
 
     def svg(self) -> str:
         edge, end = self.height - self.bottom, self.width - self.right
-        inner = f"{number(self.left)} {number(self.top)} {number(end - self.left)} "
-        inner += number(edge - self.top)
-        x, y, w, h = inner.split()
-        return _svg(
-            self.width,
-            self.height,
-            self.title,
-            [
-                *self._grid(edge, end),
-                f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{inner}">',
-                *self.back,
-                "</svg>",
-                *self.front,
-                *self._spread(edge),
-            ],
-        )
+        x, y, w, h = map(digits, (self.left, self.top, end - self.left, edge - self.top))
+        clip = f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}">'
+        back = [*self._grid(edge, end), clip, *self.back, "</svg>"]
+        parts = [*back, *self.front, *self._spread(edge)]
+        return _svg(self.width, self.height, self.title, parts)
 
     def _grid(self, edge: float, end: float) -> Iterable[str]:
         if self.title:
             yield text(0, 11, self.title, "t")
         for tick in self.y.ticks():
             y = self.py(tick)
-            yield f'<path class="g" d="M{number(self.left)} {number(y)}H{number(end)}"/>'
+            yield f'<path class="g" d="M{digits(self.left)} {digits(y)}H{digits(end)}"/>'
             yield text(self.left - 4, y + 3.5, self.y.form(tick), "k", "end")
-        yield f'<path class="a" d="M{number(self.left)} {number(edge)}H{number(end)}"/>'
+        yield f'<path class="a" d="M{digits(self.left)} {digits(edge)}H{digits(end)}"/>'
         for tick in self.x.ticks():
             x = self.px(tick)
-            yield f'<path class="a" d="M{number(x)} {number(edge)}v3"/>'
+            yield f'<path class="a" d="M{digits(x)} {digits(edge)}v3"/>'
             yield text(x, edge + 13, self.x.form(tick), "k", "middle")
         if self.x.label:
             middle = (self.left + end) / 2
             yield text(middle, self.height - 5, self.x.label, "k", "middle")
         if self.y.label:
             middle = (self.top + edge) / 2
-            turned = f"translate(9 {number(middle)}) rotate(-90)"
+            turned = f"translate(9 {digits(middle)}) rotate(-90)"
             yield f'<text class="k" text-anchor="middle" transform="{turned}">'
             yield f"{escape(self.y.label)}</text>"
 
     def _spread(self, edge: float) -> Iterable[str]:
         """Labels from top to bottom, each at the end of its line or as near as there is room."""
-        found = sorted(self.labels, key=lambda each: each[1])
-        places = [max(self.top + 2, min(edge - 2, y)) for _, y, _, _ in found]
+        labels = sorted(self.labels, key=lambda label: label[1])
+        places = [max(self.top + 2, min(edge - 2, y)) for _, y, _, _ in labels]
         for n in range(1, len(places)):
             places[n] = max(places[n], places[n - 1] + LINE)
         limit = edge + 6
@@ -254,26 +266,17 @@ class Chart:
             places[n] = limit = min(places[n], limit)
             limit -= LINE
         end = self.width - self.right + 8
-        for (x, y, content, css), place in zip(found, places, strict=True):
+        for (x, y, content, css), place in zip(labels, places, strict=True):
             y = max(self.top, min(edge, y))
-            way = f"M{number(x + 4)} {number(y)}L{number(end - 1)} {number(place)}"
+            way = f"M{digits(x + 4)} {digits(y)}L{digits(end - 1)} {digits(place)}"
             yield f'<g class="{css}"><path class="w" d="{way}"/>'
             yield text(end, place + 3.5, content, "s") + "</g>"
 
 
 def _svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
-    size = f"0 0 {number(width)} {number(height)}"
+    size = f"0 0 {digits(width)} {digits(height)}"
     label = attributes(aria_label=title or None)
     return f'<svg class="chart" viewBox="{size}" role="img"{label}>{"".join(parts)}</svg>\n'
-
-
-def swatch(look: Look) -> str:
-    """The mark of a series, for text."""
-    shape = MARKS.get(look.method, MARKS["set"])
-    return (
-        f'<svg class="swatch" viewBox="-2 -2 4 4" aria-hidden="true"><g class="{look.css}">'
-        f'<path class="p" d="{shape}"/></g></svg>'
-    )
 
 
 def bars(look: Look, title: str, rows: dict[str, list[tuple[str, float]]], top: float) -> str:
@@ -286,12 +289,12 @@ def bars(look: Look, title: str, rows: dict[str, list[tuple[str, float]]], top: 
         y = 24 + n * 16
         parts.append(text(left - 5, y + 8, name, "k", "end"))
         row = attributes(class_=look.css, data_series=look.name, data_row=name, data_y=mean)
-        shape = f"M{number(left)} {y}h{number(wide * mean / top)}v10H{number(left)}z"
+        shape = f"M{digits(left)} {y}h{digits(wide * mean / top)}v10H{digits(left)}z"
         parts.append(f'<g{row}><path class="bar" d="{shape}"/>')
         for says, value in values:
             x, said = left + wide * value / top, escape(f"{says}: {value:.2f}")
             parts.append(f"<g{attributes(data_y=value)}><title>{said}</title>")
-            parts.append(f'<circle class="o" cx="{number(x)}" cy="{y + 5}" r="2.2"/></g>')
+            parts.append(f'<circle class="o" cx="{digits(x)}" cy="{y + 5}" r="2.2"/></g>')
         parts.append("</g>")
         beyond = left + wide * max(v for _, v in values) / top + 6
         parts.append(text(beyond, y + 8.5, f"{mean:.2f}", "k"))
@@ -316,20 +319,25 @@ def parallel(
                 continue
             x = left + max(0.0, min(1.0, axis.share(value))) * (right - left)
             if axis.at:  # choices: lines that would hide each other
-                x += (place * 7 % 13 - 6) * 1.6
-            pieces[-1].append(f"{number(x)} {number(y)}")
-        path = "".join(f"M{'L'.join(each)}" for each in pieces if len(each) > 1)
+                x += _aside(place)
+            pieces[-1].append(f"{digits(x)} {digits(y)}")
+        path = "".join(f"M{'L'.join(piece)}" for piece in pieces if len(piece) > 1)
         shown = " ".join("" if v is None else f"{v:.6g}" for v in values)
         series = attributes(class_=f"{look.css} {kind}", data_series=look.name, data_y=shown)
         parts.append(f"<g{series}><title>{escape(says)}</title>")
         parts.append(f'<path class="l" d="{path}"/></g>')
     for axis, y in zip(axes, heights, strict=True):
-        parts.append(f'<path class="a" d="M{number(left)} {number(y)}H{number(right)}"/>')
+        parts.append(f'<path class="a" d="M{digits(left)} {digits(y)}H{digits(right)}"/>')
         parts.append(text(left, y - 6, axis.label, "s halo"))
         ticks = axis.at or [axis.low, axis.high]
         for tick in ticks:
             x = left + axis.share(tick) * (right - left)
             anchor = "middle" if axis.at else "start" if tick == axis.low else "end"
-            parts.append(f'<path class="a" d="M{number(x)} {number(y - 3)}v6"/>')
+            parts.append(f'<path class="a" d="M{digits(x)} {digits(y - 3)}v6"/>')
             parts.append(text(x, y + 13, axis.form(tick), "k halo", anchor))
     return _svg(WIDTH, heights[-1] + 20, title, parts)
+
+
+def _aside(place: int) -> float:
+    """How far this line is moved along an axis: to one of 13 places, no two lines in a row near."""
+    return (place * 7 % 13 - 6) * 1.6

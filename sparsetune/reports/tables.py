@@ -1,20 +1,46 @@
-"""A comparison as tables, in a terminal or in markdown. The rule to know: readers get percent and
-sparsity."""
+"""A comparison as tables: what readers see in a terminal, in markdown and on the page.
+
+The rule to know: a table is rows of plain text, percent and sparsity; each of its readers (the
+console and markdown here, the page by its template) sets it in its own way.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from rich.markup import escape
-from rich.table import Table
+import rich.table
 from rich.text import Text
 
-from sparsetune.comparison.values import SLACK, Cell, Comparison, Interval, Line
+from sparsetune.comparison.values import SLACK, Cell, Comparison, Interval, Line, Pair
 from sparsetune.terminal import wide_console
 
 STYLES = {"broken": "bold red", "holds": "green", "does not apply": "dim"}
+
+
+class Column(NamedTuple):
+    """`kind`: method has names of series, which have a mark; state a rule's; text is long."""
+
+    heading: str
+    side: Literal["left", "right"] = "right"
+    kind: Literal["", "method", "state", "text"] = ""
+
+
+class Table(NamedTuple):
+    columns: list[Column]
+    rows: list[list[str]]
+
+    def split(self) -> list[Table]:
+        """One for each value of the first column, which the heading of the second then names."""
+        _, second, *others = self.columns
+        return [
+            Table(
+                [second._replace(heading=f"{second.heading} at {value}"), *others],
+                [row[1:] for row in self.rows if row[0] == value],
+            )
+            for value in dict.fromkeys(row[0] for row in self.rows)
+        ]
 
 
 class Section(NamedTuple):
@@ -22,59 +48,75 @@ class Section(NamedTuple):
 
     title: str
     tables: list[Table]
-    lines: list[str]
+    notes: list[str]
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """Accuracies and costs per density, pairs, the rules, and the ranking or why there is none."""
-    found = [_cells(title, cells) for title, cells in by_level(comparison).items()]
-    return [*found, *_pairs(comparison), _rules(comparison), _ranking(comparison)]
+    """Accuracies and costs per density, pairs, and the rules."""
+    levels = [at_level(title, cells) for title, cells in by_level(comparison).items()]
+    return [*levels, *([pairs(comparison)] if comparison.pairs else []), rules(comparison)]
 
 
 def print_comparison(comparison: Comparison) -> None:
     console = wide_console()
-    for title, tables, lines in sections(comparison):
+    for title, tables, notes in [*sections(comparison), ranking(comparison)]:
         console.print(Text(title, style="bold"))
         for table in tables:
-            console.print(table, highlight=False)
-        for line in lines:
-            console.print(Text(f"  {line}"), soft_wrap=True)
+            console.print(_for_terminal(table), highlight=False)
+        for note in notes:
+            console.print(Text(f"  {note}"), soft_wrap=True)
         console.print()
+
+
+def _for_terminal(table: Table) -> rich.table.Table:
+    made = rich.table.Table(box=None, header_style="bold", pad_edge=False)
+    for heading, side, kind in table.columns:
+        if kind == "text":
+            made.add_column(heading, justify=side, overflow="fold")
+        else:
+            made.add_column(heading, justify=side, no_wrap=True)
+    styles = [STYLES if column.kind == "state" else {} for column in table.columns]
+    for row in table.rows:
+        made.add_row(*(Text(cell, of.get(cell, "")) for cell, of in zip(row, styles, strict=True)))
+    return made
 
 
 def markdown(section: Section) -> str:
     parts = [f"## {section.title}"]
-    for table in section.tables:
-        columns = [[column.header, "---", *column.cells] for column in table.columns]
-        rows = zip(*([_plain(str(cell)) for cell in column] for column in columns), strict=True)
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    return "\n\n".join([*parts, *(_plain(escape(line)) for line in section.lines)])
+    for columns, rows in section.tables:
+        head = [[column.heading for column in columns], ["---"] * len(columns)]
+        body = [[_escaped(content) for content in row] for row in rows]
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in [*head, *body]))
+    return "\n\n".join([*parts, *map(_escaped, section.notes)])
 
 
-def _plain(markup: str) -> str:
-    """Without rich's styles, and without what markdown would take for its own."""
-    return re.sub(r"([\\`*_|<>])", r"\\\1", Text.from_markup(markup).plain)
+def _escaped(content: str) -> str:
+    """Without what markdown would take for its own."""
+    return re.sub(r"([\\`*_|<>])", r"\\\1", content)
 
 
 def by_level(comparison: Comparison) -> dict[str, list[Cell]]:
     """The cells that are compared with each other, by a title, the best first; then those that no
     density was asked of."""
     cells = {cell.name: cell for cell in comparison.cells}
-    found = {}
+    levels = {}
     for level, names in comparison.levels.items():
         longer = f", {level.multiplier}x epochs" if level.multiplier > 1 else ""
         asked = f"density {level.density:g}{longer}"
         title = f"{100 * (1 - level.density):.4g} % sparse ({asked})"
         if comparison.match == "flops":
             title = f"FLOPs as at {asked}"
-        at = [cells[name] for name in names]
-        found[title] = sorted(at, key=lambda cell: -cell.mean.value if cell.mean else 0.0)
+        levels[title] = best_first(cells[name] for name in names)
     standing = {name for names in comparison.levels.values() for name in names}
     if apart := [cell for cell in comparison.cells if cell.density is None]:
-        found["no density asked for"] = apart
+        levels["no density asked for"] = apart
     if lone := [c for c in comparison.cells if c.density is not None and c.name not in standing]:
-        found["beside the levels"] = lone
-    return found
+        levels["beside the levels"] = lone
+    return levels
+
+
+def best_first(cells: Iterable[Cell]) -> list[Cell]:
+    return sorted(cells, key=lambda cell: -cell.mean.value if cell.mean else 0.0)
 
 
 def percent(interval: Interval | None) -> str:
@@ -84,7 +126,7 @@ def percent(interval: Interval | None) -> str:
     return f"{100 * interval.value:.2f} ±{50 * (interval.high - interval.low):.2f}"
 
 
-def number(value: float | None) -> str:
+def with_unit(value: float | None) -> str:
     """Three digits that matter, with a unit of thousands."""
     if value is None:
         return "-"
@@ -94,51 +136,38 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def _cells(title: str, cells: list[Cell]) -> Section:
-    results = _table(
-        (
-            "method",
-            "test, ± 95 %",
-            "IQM, ± 95 %",
-            "paper's",
-            "density",
-            "of sparse",
-            "weights",
-            "note",
-        ),
-        left=("method", "note"),
-    )
-    costs = _table(
-        ("method", "FLOPs/image", "train", "gradient", "trials", "stopped/div./failed",
-         "epochs", "device-s", "confirm-s"),
-        left=("method", "gradient"),
-    )  # fmt: skip
+METHOD = Column("method", "left", "method")
+RESULTS = [
+    METHOD,
+    *map(Column, ("test, ± 95 %", "IQM, ± 95 %", "paper's", "density", "of sparse", "weights")),
+    Column("note", "left", "state"),
+]
+COSTS = [
+    METHOD,
+    *map(Column, ("FLOPs/image", "train")),
+    Column("gradient", "left"),
+    *map(Column, ("trials", "stopped/div./failed", "epochs", "device-s", "confirm-s")),
+]
+PAIRS = [
+    Column("density"),
+    Column("pair", "left"),
+    *map(Column, ("difference, points", "P(first better)", "p")),
+    Column("", "left"),
+]
+RULES = [Column("", "left"), Column("rule", "left", "text"), Column("", "left", "state")]
+RULES.append(Column("figure", "left", "text"))
+
+
+def at_level(title: str, cells: list[Cell]) -> Section:
     denser = [cell for cell in cells if _is_denser(cell)]
-    for cell in cells:
-        line = cell.chosen
-        paper = percent(cell.paper_mean) + "*" * (cell in denser)
-        density = [_share(line, "density"), _share(line, "density_sparse")]
-        state = "" if cell.state == "confirmed" else cell.state
-        results.add_row(
-            escape(cell.space), percent(cell.mean), percent(cell.iqm), paper,
-            *density, number(line.parameters if line else None), state,
-        )  # fmt: skip
-        tuning = cell.tuning
-        costs.add_row(
-            escape(cell.space), number(line.flops_inference if line else None),
-            number(line.flops_train if line else None),
-            _gradient(cell),
-            str(tuning.asked),
-            "/".join(str(tuning.trials[s]) for s in ("stopped", "diverged", "failed")),
-            str(tuning.epochs), f"{tuning.device_seconds:.0f}",
-            f"{line.device_seconds:.0f}" if line else "-",
-        )  # fmt: skip
-    lines = [
+    notes = [
         f"* {cell.space} with the settings of its paper, untuned, keeps "
         f"{_share(cell.paper, 'density')} of the weights, more than was asked for"
         for cell in denser
     ]
-    return Section(title, [results, costs], lines)
+    results = [_result(cell, percent(cell.paper_mean) + "*" * (cell in denser)) for cell in cells]
+    tables = [Table(RESULTS, results), Table(COSTS, [_costs(cell) for cell in cells])]
+    return Section(title, tables, notes)
 
 
 def _is_denser(cell: Cell) -> bool:
@@ -147,11 +176,29 @@ def _is_denser(cell: Cell) -> bool:
     return bool(kept and cell.density and kept > cell.density * (1 + SLACK))
 
 
-def _table(headings: Iterable[str], left: Iterable[str]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
-    return table
+def _result(cell: Cell, paper: str) -> list[str]:
+    line = cell.chosen
+    return [
+        cell.space, percent(cell.mean), percent(cell.iqm), paper,
+        _share(line, "density"), _share(line, "density_sparse"),
+        with_unit(line.parameters if line else None),
+        "" if cell.state == "confirmed" else cell.state,
+    ]  # fmt: skip
+
+
+def _costs(cell: Cell) -> list[str]:
+    line, tuning = cell.chosen, cell.tuning
+    return [
+        cell.space,
+        with_unit(line.flops_inference if line else None),
+        with_unit(line.flops_train if line else None),
+        _gradient(cell),
+        str(tuning.asked),
+        "/".join(str(tuning.trials[status]) for status in ("stopped", "diverged", "failed")),
+        str(tuning.epochs),
+        f"{tuning.device_seconds:.0f}",
+        f"{line.device_seconds:.0f}" if line else "-",
+    ]
 
 
 def _gradient(cell: Cell) -> str:
@@ -168,47 +215,38 @@ def _share(line: Line | None, name: str) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _pairs(comparison: Comparison) -> Iterable[Section]:
-    if not comparison.pairs:
-        return
-    table = _table(
-        ("density", "pair", "difference, points", "P(first better)", "p", ""), ("pair", "")
-    )
-    for pair in comparison.pairs:
-        gap = "-" if pair.difference is None else percent(pair.difference)
-        better, low, high = pair.improvement
-        verdict = {None: "", True: "different", False: "not told apart"}[pair.different]
-        table.add_row(
-            f"{pair.density:g}", f"{pair.a} - {pair.b}", gap,
-            f"{better:.2f} [{low:.2f}, {high:.2f}]",
-            "-" if pair.p is None else f"{pair.p:.3f}", verdict,
-        )  # fmt: skip
+def pairs(comparison: Comparison) -> Section:
     few = all(pair.p is None for pair in comparison.pairs)
     why = ["Below 6 seeds there are intervals only: no test could tell two apart."] if few else []
-    yield Section("pairs, by seed, 95 % intervals", [table], why)
+    table = Table(PAIRS, [_pair(pair) for pair in comparison.pairs])
+    return Section("pairs, by seed, 95 % intervals", [table], why)
 
 
-def _rules(comparison: Comparison) -> Section:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("", "rule", "", "figure"):
-        table.add_column(heading, overflow="fold")
-    for rule in comparison.rules:
-        state = f"[{STYLES[rule.state]}]{rule.state}[/]"
-        table.add_row(str(rule.number), rule.title, state, escape(rule.figure))
-    return Section("rules of a fair comparison", [table], comparison.notes)
-
-
-def _ranking(comparison: Comparison) -> Section:
-    cells = {cell.name: cell for cell in comparison.cells}
-    why = [
-        line
-        for rule in comparison.rules
-        if rule.forbids and rule.state == "broken"
-        for line in (
-            f"Rule {rule.number}, {rule.title}, is broken: {rule.figure}",
-            f"Mend it: {rule.mend}",
-        )
+def _pair(pair: Pair) -> list[str]:
+    better, low, high = pair.improvement
+    return [
+        f"{pair.density:g}",
+        f"{pair.a} - {pair.b}",
+        percent(pair.difference),
+        f"{better:.2f} [{low:.2f}, {high:.2f}]",
+        "-" if pair.p is None else f"{pair.p:.3f}",
+        {None: "", True: "different", False: "not told apart"}[pair.different],
     ]
+
+
+def rules(comparison: Comparison) -> Section:
+    rows = [[str(rule.number), rule.title, rule.state, rule.figure] for rule in comparison.rules]
+    return Section("rules of a fair comparison", [Table(RULES, rows)], comparison.notes)
+
+
+def ranking(comparison: Comparison) -> Section:
+    """The ranking, or why there is none."""
+    cells = {cell.name: cell for cell in comparison.cells}
+    why = []
+    for rule in comparison.rules:
+        if rule.forbids and rule.state == "broken":
+            why.append(f"Rule {rule.number}, {rule.title}, is broken: {rule.figure}")
+            why.append(f"Mend it: {rule.mend}")
     for level, order in (comparison.ranking or {}).items():
         means = {cells[name].space: cells[name].mean for name in comparison.levels[level]}
         shown = ", ".join(

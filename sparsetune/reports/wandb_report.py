@@ -21,7 +21,7 @@ from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
 from sparsetune.comparison.values import Cell, Comparison, Line
 from sparsetune.comparison.winners import confirmations
-from sparsetune.reports.tables import by_level, markdown, sections
+from sparsetune.reports.tables import by_level, markdown, ranking, sections
 from sparsetune.settings import WandbSettings
 from sparsetune.space.member import Member
 from sparsetune.store import journal
@@ -80,10 +80,10 @@ def _save(comparison: Comparison, storage: Path, entity: str, project: str) -> s
     sources = _sources(comparison, storage, api)
     mark = _mark(comparison, sources)
     try:
-        known = [each for each in api.reports(own) if mark in (each.description or "")]
+        known = [saved for saved in api.reports(own) if mark in (saved.description or "")]
         lacking = [*_lacking(comparison, sources, api)]
     except ValueError as error:  # the client's, where the server's answer has no such project
-        places = ", ".join(dict.fromkeys(each.place for each in sources.values()))
+        places = ", ".join(dict.fromkeys(source.place for source in sources.values()))
         raise ValueError(
             f"--wandb: {api.settings['base_url']}: {error}, or you may not read it. The report "
             f"goes to {own}; the runs belong to {places}, where `wandb sync` takes those that were "
@@ -91,12 +91,11 @@ def _save(comparison: Comparison, storage: Path, entity: str, project: str) -> s
         ) from error
     for line in lacking:
         print(line, file=sys.stderr)
-    *figures, verdict = sections(comparison)
     command = f"sparsetune report {' '.join(comparison.names)} --match {comparison.match}"
     about = (
         f"Made by `{command} --wandb {own}`, which, run again, replaces all of this: change a copy."
     )
-    texts = [about, *lacking, *map(markdown, [verdict, *figures])]
+    texts = [about, *lacking, *map(markdown, [ranking(comparison), *sections(comparison)])]
     report = wr.Report(
         entity=entity,
         project=project,
@@ -110,9 +109,9 @@ def _save(comparison: Comparison, storage: Path, entity: str, project: str) -> s
         ],
         width="fluid",
     )
-    for each in known[:1]:
-        report.id, report.title = each.id, each.display_name or report.title
-        report._discussion_threads = each.spec.get("discussionThreads", [])  # readers' comments
+    for saved in known[:1]:
+        report.id, report.title = saved.id, saved.display_name or report.title
+        report._discussion_threads = saved.spec.get("discussionThreads", [])  # readers' comments
     return str(report.save().url)
 
 
@@ -126,23 +125,15 @@ def _sources(comparison: Comparison, storage: Path, api: wandb.Api) -> dict[str,
         # As `wandb.init` finds it where the settings name none.
         entity = settings.entity or api.settings["entity"] or api.default_entity
         runs = [journal.header(path)["confirm"] for path in confirmations(folder).values()]
-        sources[member.name] = _Source(
-            member,
-            header["sweep_id"],
-            f"{entity}/{settings.project}",
-            any(not each["full"] for each in runs),
-        )
+        held_out = any(not asked["full"] for asked in runs)
+        place = f"{entity}/{settings.project}"
+        sources[member.name] = _Source(member, header["sweep_id"], place, held_out)
     return sources
 
 
 def _mark(comparison: Comparison, sources: dict[str, _Source]) -> str:
-    compared = sorted((each.sweep_id, name) for name, each in sources.items())
+    compared = sorted((source.sweep_id, name) for name, source in sources.items())
     return hashlib.sha256(json.dumps([compared, comparison.match]).encode()).hexdigest()[:12]
-
-
-def _source(cell: Cell, sources: dict[str, _Source]) -> str:
-    """The project of a cell's runs."""
-    return sources[cell.member].place
 
 
 def _lines(cells: Iterable[Cell]) -> dict[tuple[str, int], Line]:
@@ -161,8 +152,8 @@ def _runs(cells: Iterable[Cell]) -> int:
 
 def _lacking(comparison: Comparison, sources: dict[str, _Source], api: wandb.Api) -> Iterable[str]:
     """Where W&B has not got all confirmation runs, a sentence that says so."""
-    for place in dict.fromkeys(each.place for each in sources.values()):
-        cells = [cell for cell in comparison.cells if _source(cell, sources) == place]
+    for place in dict.fromkeys(source.place for source in sources.values()):
+        cells = [cell for cell in comparison.cells if sources[cell.member].place == place]
         wanted = {"jobType": "confirm", "group": {"$in": _groups(cells)}}
         num = len(api.runs(place, wanted, per_page=1))
         if num < _runs(cells):
@@ -201,14 +192,11 @@ def _confirmed(comparison: Comparison, sources: dict[str, _Source], own: str) ->
     if not _groups(everything):
         return
     yield wr.H1("Confirmation runs")
-    against = wr.ScatterPlot(
-        title="test accuracy against density",
-        x=wr.SummaryMetric("density/all"),
-        y=wr.SummaryMetric(ACCURACY),
-        log_x=True,
-    )
+    density, accuracy = wr.SummaryMetric("density/all"), wr.SummaryMetric(ACCURACY)
+    title = "test accuracy against density"
+    against = wr.ScatterPlot(title=title, x=density, y=accuracy, log_x=True)
     yield _grid(_confirmation(everything, sources, own), [against, _bars(everything)])
-    held_out = any(each.held_out for each in sources.values())
+    held_out = any(source.held_out for source in sources.values())
     metrics = ["train/loss", *(["val/accuracy"] if held_out else []), "density/all"]
     for title, at in by_level(comparison).items():
         if cells := [cell for cell in at if cell.state == "confirmed"]:
@@ -220,38 +208,31 @@ def _confirmed(comparison: Comparison, sources: dict[str, _Source], own: str) ->
 
 
 def _confirmation(cells: list[Cell], sources: dict[str, _Source], own: str) -> list[wr.Runset]:
-    found = []
-    for place in dict.fromkeys(_source(cell, sources) for cell in cells):
-        groups = _groups(cell for cell in cells if _source(cell, sources) == place)
+    runsets = []
+    for place in dict.fromkeys(sources[cell.member].place for cell in cells):
+        groups = _groups(cell for cell in cells if sources[cell.member].place == place)
         if groups:
-            name = "confirmation runs"
-            found.append(_runset(place, own, name, ["group"], JobType=["confirm"], Group=groups))
-    return found
+            of = {"JobType": ["confirm"], "Group": groups}
+            runsets.append(_runset(place, own, "confirmation runs", ["group"], **of))
+    return runsets
 
 
 def _curve(metric: str, cells: list[Cell]) -> wr.LinePlot:
-    return wr.LinePlot(
-        title=metric,
-        x="Step",
-        y=[metric],
-        title_x="epoch",
-        groupby="Group",
-        groupby_aggfunc="mean",
-        groupby_rangefunc="stddev",
-        max_runs_to_show=_runs(cells),
-    )
+    return wr.LinePlot(title=metric, x="Step", y=[metric], title_x="epoch", **_over_seeds(cells))
 
 
 def _bars(cells: list[Cell]) -> wr.BarPlot:
     return wr.BarPlot(
         title=f"{ACCURACY}, mean and deviation over seeds",
         metrics=[ACCURACY],
-        groupby="Group",
-        groupby_aggfunc="mean",
-        groupby_rangefunc="stddev",
-        max_runs_to_show=_runs(cells),
         max_bars_to_show=_runs(cells),
+        **_over_seeds(cells),
     )
+
+
+def _over_seeds(cells: list[Cell]) -> dict[str, Any]:
+    over = {"groupby": "Group", "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    return {**over, "max_runs_to_show": _runs(cells)}
 
 
 def _searches(sources: dict[str, _Source], own: str) -> Iterable[Any]:
@@ -265,7 +246,7 @@ def _searches(sources: dict[str, _Source], own: str) -> Iterable[Any]:
             for key, dimension in member.space.search.items()
         ]
         columns += [
-            wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(each)) for each in member.objectives
+            wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(goal)) for goal in member.objectives
         ]
         history = wr.ScatterPlot(
             title="search history",

@@ -23,7 +23,7 @@ from sparsetune.store.paths import S3Path, why
 FILE = "journal.jsonl"
 SEGMENTS = "journal"
 SEGMENT_BYTES = 256 * 1024
-NAME = re.compile(r"(\d{4,})-(\d{4,})\.jsonl")
+SEGMENT_NAME = re.compile(r"(\d{4,})-(\d{4,})\.jsonl")
 
 Event = dict[str, Any]
 
@@ -78,7 +78,7 @@ def parts(folder: Path) -> list[Part]:
 
 
 def _segments(folder: Path) -> list[Part]:
-    found = [match for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
+    found = [match for path in folder.iterdir() if (match := SEGMENT_NAME.fullmatch(path.name))]
     if not found:
         raise FileNotFoundError(2, "no segments")
     newest = max(int(match[1]) for match in found)

@@ -6,7 +6,8 @@ written whole or not at all; there are no folders, only names that begin alike.
 
 pyarrow's file system rather than s3fs, which asks for botocore, whose python-dateutil is older than
 the one that everything else here runs with: pyarrow is there, ray.tune has imported it anyway, and
-an object is put by one request.
+an object is put by one request. obstore could put on a condition, which locks would like, but knows
+no AWS profiles (github.com/developmentseed/obstore/issues/571).
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ import io
 import itertools
 import random
 import re
+import runpy
+import sys
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,11 @@ from helpers.toy_comparison import ALL, toy
 from sparsetune.cli import main
 from sparsetune.comparison.intervals import mean
 from sparsetune.comparison.values import Comparison
-from sparsetune.reports import page as report
 from sparsetune.reports import search_figures
+from sparsetune.reports.figures import Results, look_of
+from sparsetune.reports.page import OURS, html, write
 from sparsetune.reports.runs_csv import write_csv
-from sparsetune.reports.svg import Axis, Chart, Look, around
+from sparsetune.reports.svg import BELOW, CROSS, PALETTE, Axis, Chart, Look, around, style
 from sparsetune.reports.tables import percent
 
 FIGURES = [
@@ -41,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
 
 def drawn(made: tuple[Path, Comparison]) -> str:
     folder, comparison = made
-    return report.page(comparison, search_figures.load(comparison, folder))
+    return html(comparison, search_figures.load(comparison, folder))
 
 
 def part(page: str, anchor: str) -> str:
@@ -83,7 +87,7 @@ def test_pictures_carry_the_values_of_the_csv(made: tuple[Path, Comparison]) -> 
 def test_the_ranking_is_the_comparisons(made: tuple[Path, Comparison]) -> None:
     ranking = made[1].ranking
     assert ranking is not None
-    lists = re.findall(r"<ol>(.*?)</ol>", drawn(made))
+    lists = re.findall(r"<ol>(.*?)</ol>", drawn(made), re.DOTALL)
     assert [re.findall(r"<b>(.*?)</b>", each) for each in lists] == list(ranking.values())
     assert "not ranked" in part(drawn(made), "ranking")
     assert "none of its" in part(drawn(made), "ranking")
@@ -96,7 +100,7 @@ def test_without_a_ranking_there_is_the_reason_and_what_mends_it(
     rules = list(comparison.rules)
     rules[3] = replace(rules[3], state="broken", figure="2 seeds", mend="sparsetune confirm toy")
     page = drawn((folder, replace(comparison, rules=rules, ranking=None)))
-    (box,) = re.findall(r'<section class="box">.*?</section>', page)
+    (box,) = re.findall(r'<section class="box">.*?</section>', page, re.DOTALL)
     assert "Rule 4" in box
     assert "2 seeds" in box
     assert "<code>sparsetune confirm toy</code>" in box
@@ -114,7 +118,7 @@ def test_every_figure_says_from_which_runs_it_is(made: tuple[Path, Comparison]) 
     assert part(page, "search-history").count('class="chart"') == 3 * 4 + 1
     assert part(page, "parallel-coordinates").count('class="chart"') == 5
     for rule in made[1].rules:
-        assert rule.title.replace("'", "&#x27;") in page
+        assert rule.title.replace("'", "&#39;") in page
 
 
 def test_names_cannot_break_the_page(made: tuple[Path, Comparison]) -> None:
@@ -130,7 +134,7 @@ def test_names_cannot_break_the_page(made: tuple[Path, Comparison]) -> None:
     found = search_figures.load(comparison, folder)
     about = comparison.about | {"commands": ["sparsetune sweep <b>set"]}
     odd = replace(comparison, cells=cells, levels=levels, about=about, ranking=None)
-    page = report.page(odd, found)
+    page = html(odd, found)
     assert "<script" not in page
     assert "<b>set" not in page.replace("<b>set</b>", "")
     assert "&lt;b&gt;set" in page
@@ -163,7 +167,7 @@ def test_the_command(made: tuple[Path, Comparison], tmp_path: Path, monkeypatch:
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert done.output.strip() == str(tmp_path / "toy.html")
-    assert report.OURS in (tmp_path / "toy.html").read_text()
+    assert OURS in (tmp_path / "toy.html").read_text()
     assert CliRunner().invoke(main, words).exit_code == 0  # our own page is written anew
     (tmp_path / "mine.html").write_text("<p>my own")
     done = CliRunner().invoke(main, [*words, "--html", "mine.html"])
@@ -173,6 +177,19 @@ def test_the_command(made: tuple[Path, Comparison], tmp_path: Path, monkeypatch:
     done = CliRunner().invoke(main, [*words, "--html", "none/here.html"])
     assert done.exit_code == 2
     assert "cannot be written" in done.output
+
+
+def test_the_main_picture_as_a_file(
+    made: tuple[Path, Comparison], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("SPARSETUNE_STORAGE", str(made[0]))
+    monkeypatch.setattr(sys, "argv", ["picture.py", "toy", str(tmp_path / "toy.svg")])
+    runpy.run_path(str(Path(__file__).parents[2] / "scripts/picture.py"), run_name="__main__")
+    picture = ElementTree.parse(tmp_path / "toy.svg").getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert style() in (picture.findtext("{http://www.w3.org/2000/svg}style") or "")
+    series = {group.get("data-series") for group in picture.iter("{http://www.w3.org/2000/svg}g")}
+    assert {"set", "dst", "static", "small_dense", "dense"} <= series
 
 
 def test_importance_knows_that_high_is_good(made: tuple[Path, Comparison]) -> None:
@@ -191,6 +208,49 @@ def test_importance_knows_that_high_is_good(made: tuple[Path, Comparison]) -> No
     shares = search_figures.importance(search)
     assert sum(shares.values()) == pytest.approx(1.0)
     assert max(shares, key=shares.__getitem__) == "optimizer.lr"
+
+
+def test_methods_that_nobody_knows_are_seen_in_every_figure(made: tuple[Path, Comparison]) -> None:
+    """More of them than there are colours: each has the same colour and mark everywhere."""
+    folder, comparison = made
+    names = [f"own{n}" for n in range(len(PALETTE) + 2)]
+    known = [cell for cell in comparison.cells if cell.space == "set"]
+    cells = [
+        replace(cell, **{key: getattr(cell, key).replace("set", name) for key in
+                         ("name", "space", "member", "method")})
+        for name in names for cell in known
+    ]  # fmt: skip
+    levels = {
+        level: [cell.replace("set", name) for name in names for cell in at if "/set@" in cell]
+        for level, at in comparison.levels.items()
+    }
+    cells += [cell for cell in comparison.cells if cell.space == "dense"]
+    many = replace(comparison, cells=cells, levels=levels)
+    loaded = [s for s in search_figures.load(comparison, folder) if s.look.name == "set"]
+    searches = [replace(s, look=look_of(many, name, name)) for name in names for s in loaded]
+
+    results = Results(many)
+    figures = [results.main(), *results.figures(), *search_figures.figures(searches)]
+    expected = [
+        {"l", "e", "p"}, {"l", "e", "p"}, {"l", "b"}, None, {"l"}, {"l", "p"}, {"l"}, {"bar", "o"},
+    ]  # fmt: skip
+    light, dark = style().rsplit("@media screen and (prefers-color-scheme: dark)", 1)
+    looks: dict[str, set[tuple[str, str]]] = {name: set() for name in names}
+    for figure, shapes in zip(figures, expected, strict=True):
+        drawn: dict[str, set[str]] = {name: set() for name in names}
+        pictures = [ElementTree.fromstring(picture) for picture in figure.pictures if picture]
+        for group in (group for picture in pictures for group in picture.iter("g")):
+            if (name := group.get("data-series", "")) in drawn:
+                drawn[name] |= {shape.get("class", "") for shape in group.iter()}
+                (colour,) = re.findall(r"\bc\d+\b", group.get("class", ""))
+                assert f".{colour} {{ --c: #" in light and f".{colour} {{ --c: #" in dark
+                marks = {
+                    path.get("d", "") for path in group.iter("path") if path.get("class") == "p"
+                }
+                looks[name] |= {(colour, mark) for mark in marks - {CROSS, BELOW}}
+        assert not shapes or all(shapes <= seen for seen in drawn.values()), figure.title
+    assert {len(seen) for seen in looks.values()} == {1}
+    assert len(set.union(*looks.values())) == len(names)
 
 
 # Charts -------------------------------------------------------------------------------------------
@@ -240,7 +300,7 @@ def test_a_browser_shows_all_of_it(tmp_path: Path) -> None:
     """25 members of 24 trials."""
     comparison = toy(tmp_path, ALL)
     file = tmp_path / "toy.html"
-    report.write(file, comparison, tmp_path)
+    write(file, comparison, tmp_path)
     assert file.stat().st_size < 2_000_000
     with chromium() as page:
         for width, dark in ((1300, False), (1300, True), (360, False)):
