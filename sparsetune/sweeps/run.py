@@ -46,7 +46,7 @@ def run(members: list[Writable]) -> dict[str, Any]:
         check_cluster(members[0].member.settings.ray, folder)
     note_driver(members)
     recording = Recording(members, wandb_folder(members[0]))
-    with Progress({each.name: (each.member, each.record) for each in members}) as progress:
+    with Progress({m.name: (m.member, m.record) for m in members}) as progress:
         watch = Watch(recording.send, progress)
         for writable in members:
             writable.journal.trouble = watch.trouble
@@ -66,7 +66,7 @@ def tune(
 ) -> None:
     """Trains, under Ray, what the members' journals lack: of a search, or, for each member, of the
     `runs` that there are to be."""
-    settings = members[0].member.settings
+    seed = members[0].member.settings.seed
     choices = _choices(members, None)
 
     def slots(on_gpu: bool | None) -> int:
@@ -77,10 +77,8 @@ def tune(
         for number, (writable, choice) in enumerate(zip(members, choices, strict=True)):
             points = None if runs is None else runs[number]
             group = structure(writable.member.trial_settings({}, {}), choice.name)
-            studies.append(
-                MemberStudy(writable.member, writable.journal, settings.seed, points, group)
-            )
-        tune_all(studies, settings, stopping, slots, needed, sent, watch)
+            studies.append(MemberStudy(writable.member, writable.journal, seed, points, group))
+        tune_all(studies, stopping, slots, needed, sent, watch)
 
 
 def _choices(members: list[Writable], on_gpu: bool | None) -> list[Choice]:

@@ -44,7 +44,7 @@ def front(member: Member, record: journal.Record) -> list[Trial]:
     # Whoever beats a trial comes before it in this order, and so does one that nobody beats.
     ordered = sorted(
         ((scores(trial), trial) for trial in feasible(member, record)),
-        key=lambda each: (each[0], -each[1].number),
+        key=lambda scored: (scored[0], -scored[1].number),
         reverse=True,
     )
     if len(signs) == 1:
@@ -139,13 +139,13 @@ def print_members(members: list[dict[str, Any]]) -> None:
         ended = sum(trials[key] for key in ("finished", "stopped", "diverged", "failed"))
         row = [member["name"], member["state"], f"{ended}/{trials['total']}"]
         row += [str(trials[key]) for key in ("stopped", "diverged", "failed")]
-        found = member["best"] if isinstance(member["best"], list) else [member["best"]]
-        if found[0] is None:
+        front = member["best"] if isinstance(member["best"], list) else [member["best"]]
+        if front[0] is None:
             lowest = member.get("lowest_density")
             if lowest is not None:
                 notes.append(f"{member['name']}: none feasible, lowest density {lowest:.4f}")
             table.add_row(*row, "-", "-")
-        for best in filter(None, found):
+        for best in filter(None, front):
             table.add_row(*row, shown(best["value"]), str(best["trial"]))
             notes.append(
                 f"{member['name']} trial {best['trial']}: {settings_shown(best['config'])}"

@@ -36,17 +36,18 @@ def warmed(sweep: Sweep) -> Sweep:
 
 
 def _warmed(member: Member, name: str, earlier: list[tuple[Member, journal.Record]]) -> Member:
-    same = [each for each in earlier if each[0].traits.name == member.traits.name]
+    same = [pair for pair in earlier if pair[0].traits.name == member.traits.name]
     if not same:
-        methods = ", ".join(dict.fromkeys(each.traits.name for each, _ in earlier))
+        methods = ", ".join(dict.fromkeys(other.traits.name for other, _ in earlier))
         raise ValueError(
             f"warm_start: '{name}' searched {methods}, and {member.name} is about "
             f"{member.traits.name}; name a sweep or member of that method"
         )
 
-    def distance(each: tuple[Member, journal.Record]) -> tuple[bool, float]:
-        densities = each[0].density or 1.0, member.density or 1.0
-        return each[0].space.name != member.space.name, abs(math.log(densities[0] / densities[1]))
+    def distance(pair: tuple[Member, journal.Record]) -> tuple[bool, float]:
+        other, _ = pair
+        factor = (other.density or 1.0) / (member.density or 1.0)
+        return other.space.name != member.space.name, abs(math.log(factor))
 
     source, record = min(same, key=distance)
     if source.objectives != member.objectives:
