@@ -340,6 +340,25 @@ def methods(words: tuple[str, ...]) -> None:
     wide_console().print(table)
 
 
+@main.command()
+@click.argument("key", default="")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
+def settings(key: str, as_markdown: bool) -> None:
+    """What can be set by key=value: allowed values, defaults, meanings.
+
+    \b
+    sparsetune settings [KEY] [--markdown]
+    KEY is one of them, such as optimizer.lr, or a group: optimizer.
+    """
+    from sparsetune.reports import settings_table
+
+    with user_errors():
+        if as_markdown:
+            click.echo(settings_table.markdown(key))
+        else:
+            settings_table.print_settings(key)
+
+
 def _no_name(words: tuple[str, ...]) -> None:
     """`storage` may stand at every command; nothing else says anything to this one."""
     from sparsetune.space.words import named
@@ -354,18 +373,18 @@ def _no_name(words: tuple[str, ...]) -> None:
 @WORDS
 def spaces(words: tuple[str, ...]) -> None:
     """The search spaces that come with sparsetune: what each fixes and searches."""
-    from sparsetune.space import space
+    from sparsetune.space import files
     from sparsetune.terminal import wide_console
 
     _no_name(words)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("space", "method", "searched", "start points"):
         table.add_column(heading, overflow="fold")
-    for name in space.names():
-        loaded = space.load(name)
+    for name in files.names():
+        loaded = files.load(name)
         table.add_row(name, loaded.method, " ".join(loaded.search), " ".join(loaded.start))
     wide_console().print(table)
-    click.echo(f"\nFiles: {space.folder()}")
+    click.echo(f"\nFiles: {files.folder()}")
 
 
 if __name__ == "__main__":

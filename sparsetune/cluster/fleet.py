@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from sparsetune.cluster.nodes import looker
 from sparsetune.cluster.trial import EngineActor, trial_key
-from sparsetune.space.config import SweepSettings
+from sparsetune.settings import SweepSettings
 
 FEW = 4  # places of an engine that are filled whatever the search would rather know first
 START_SECONDS = 30.0  # how long an engine may well take to start

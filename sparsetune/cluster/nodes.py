@@ -21,7 +21,10 @@ PACKAGES = ("sparsetune", "torch", "ray")
 
 
 def needs(
-    token: Path, models: list[dict[str, Any]], data: list[tuple[dict[str, Any], str]]
+    token: Path,
+    methods: list[str],
+    models: list[dict[str, Any]],
+    data: list[tuple[dict[str, Any], str]],
 ) -> dict[str, Any]:
     """What `looker`'s function is to find there, as plain values: a node may know no class of ours.
 
@@ -32,6 +35,7 @@ def needs(
         "token": (str(token.resolve()), token.read_text()),
         "versions": {"python": "{}.{}".format(*sys.version_info)}
         | {package: metadata.version(package) for package in PACKAGES},
+        "methods": methods,
         "models": models,
         "data": data,
     }
@@ -44,6 +48,7 @@ def looker() -> Callable[..., list[str]]:
         folder: str,
         token: tuple[str, str],
         versions: dict[str, str],
+        methods: list[str],
         models: list[dict[str, Any]],
         data: list[tuple[dict[str, Any], str]],
     ) -> list[str]:
@@ -63,6 +68,7 @@ def looker() -> Callable[..., list[str]]:
                 wrong.append(f"{package} is {here}, and {version} where the sweep was started")
         if wrong:
             return wrong
+        from sparsetune.methods import find
         from sparsetune.names import work_in
         from sparsetune.settings import DataSettings, ModelSettings, from_dict
         from sparsetune.store.paths import place, why
@@ -83,6 +89,11 @@ def looker() -> Callable[..., list[str]]:
             wrong.append(
                 f"storage: {path.parent} is {fault} there; give a storage that all nodes share"
             )
+        for name in methods:
+            try:
+                find(name)
+            except ValueError as error:
+                wrong.append(str(error))
         for settings in models:
             try:
                 our_models.check(from_dict(ModelSettings, settings))

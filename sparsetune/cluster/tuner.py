@@ -21,7 +21,7 @@ from sparsetune.cluster.fleet import ClusterError, Fleet
 from sparsetune.cluster.trial import sweep_trial
 from sparsetune.cluster.watch import Watch
 from sparsetune.search.study import MemberStudy
-from sparsetune.space.config import RaySettings
+from sparsetune.settings import RaySettings
 from sparsetune.space.member import Scheduling
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsetune import settings as fields
 from sparsetune.cluster.tuner import check_cluster
 from sparsetune.cluster.watch import Watch
 from sparsetune.comparison.winners import (
@@ -40,7 +41,7 @@ from sparsetune.comparison.winners import (
     winners,
 )
 from sparsetune.machine import versions
-from sparsetune.space.config import replaced
+from sparsetune.space import config
 from sparsetune.space.member import Member, Scheduling
 from sparsetune.space.space import Point
 from sparsetune.store import journal
@@ -56,43 +57,29 @@ from sparsetune.training import checkpoint, data, trainer
 from sparsetune.training.setup import setup_of
 
 FIRST_SEED = 1001
-LEAST = {"seeds": 2, "top": 1, "multiplier": 1}
-KEYS = (*LEAST, "full", "density")
 NO_STOPPING = Scheduling("none", 1, 2.0, "confirmation stops no run early")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a confirmation was asked for; None: as it was begun, else the default."""
+    """What a confirmation was asked for; null: as it was begun, else the default."""
 
-    seeds: int | None = None
-    top: int | None = None
-    full: bool | None = None
-    multiplier: int = 1
-    density: tuple[float, ...] = ()  # that a search for a front of densities is to stand at
+    seeds: int | None = fields.number(None, "fresh seeds of each winner; at first 5", least=2)
+    top: int | None = fields.number(None, "trials that are ranked again; at first 3", least=1)
+    full: bool | None = fields.setting(None, "train the winner on all training images, too")
+    multiplier: int = fields.number(1, "how many times longer than the search", least=1)
+    density: list[float] = fields.number(  # noqa: RUF009 - makes a field
+        [], "where on a searched front to stand", above=0, most=1, of="each "
+    )
+
+
+KEYS = tuple(fields.keys_of(Asked))
 
 
 def parse(words: Iterable[str]) -> Asked:
     """What `seeds=5`, `top=3`, `full=true`, `multiplier=2` ask for. ValueError for other values."""
-    given: dict[str, Any] = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if key == "full":
-            if value.lower() not in ("true", "false"):
-                raise ValueError(f"full: '{value}' is neither true nor false")
-            given[key] = value.lower() == "true"
-        elif key == "density":
-            try:
-                given[key] = tuple(sorted({float(each) for each in value.split(",")}))
-            except ValueError:
-                raise ValueError(f"density: '{value}' is no list such as 0.02,0.05") from None
-            if not all(0 < each <= 1 for each in given[key]):
-                raise ValueError(f"density: '{value}' has something that is not in (0, 1]")
-        elif not value.isdecimal() or int(value) < LEAST[key]:
-            raise ValueError(f"{key}: '{value}' is no whole number of {LEAST[key]} or more")
-        else:
-            given[key] = int(value)
-    return Asked(**given)
+    asked = config.read(Asked, words)
+    return dataclasses.replace(asked, density=sorted(set(asked.density)))
 
 
 @dataclass
@@ -193,7 +180,7 @@ def _check_same(search: Writable, header: dict[str, Any], asked: Asked, folder: 
                 f"{key}: {name} is being confirmed with {key}={header[key]}; leave it out to go "
                 f"on, or begin anew: {_moved(folder)}"
             )
-    if is_front(search.member) and asked.density and [*asked.density] != header["densities"]:
+    if is_front(search.member) and asked.density and asked.density != header["densities"]:
         raise ValueError(
             f"density: {name} is being confirmed at {header['densities']}; leave it out to go on, "
             f"or begin anew: {_moved(folder)}"
@@ -219,7 +206,7 @@ def _runs_member(member: Member, multiplier: int) -> Member:
     epochs = member.settings.epochs * multiplier
     # Without images held out there is no other objective.
     changed = {"epochs": epochs, "scheduler.name": "none", "objective": "train/loss"}
-    settings = replaced(member.settings, changed)
+    settings = config.replaced(member.settings, changed)
     settings.constraint.clear()
     name = f"{member.name}/{folder_of(Path(), multiplier).name}"
     return dataclasses.replace(member, name=name, settings=settings)

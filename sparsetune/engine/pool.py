@@ -20,7 +20,7 @@ from sparsetune.engine.csr.backend import Csr
 from sparsetune.engine.solo import Solo
 from sparsetune.engine.stacked import backend as stacked
 from sparsetune.engine.stacked.backend import Stacked
-from sparsetune.settings import TrialSettings, to_dict
+from sparsetune.settings import TrialSettings, check_value, to_dict
 from sparsetune.training import checkpoint, data
 from sparsetune.training.checkpoint import Snapshot
 from sparsetune.training.setup import Setup, choose_device, prepare
@@ -63,6 +63,7 @@ CSR_BYTES, DENSE_BYTES = 60, 24
 
 def choose(engine: str, setup: Setup) -> Choice:
     """The backend for trials like this one; ValueError where the one asked for cannot train it."""
+    check_value("engine", engine)
     if engine == "auto":
         return _automatic(setup)
     choices = {
@@ -70,8 +71,6 @@ def choose(engine: str, setup: Setup) -> Choice:
         "stacked": (Choice("stacked", Stacked, STACKED_SLOTS, "asked for"), stacked.unfit(setup)),
         "csr": (Choice("csr", Csr, CSR_SLOTS, "asked for"), csr.unfit(setup)),
     }
-    if engine not in choices:
-        raise ValueError(f"engine: '{engine}' is unknown; known: auto, {', '.join(choices)}")
     choice, why_not = choices[engine]
     if why_not:
         raise ValueError(f"engine: {engine} cannot train this: {why_not}; use auto")

@@ -4,30 +4,44 @@ The rule to know: a method says what to drop and how many to grow in each layer;
 to the backend (`update.py` for dense tensors). So one text of a rule runs on dense tensors, under
 `torch.vmap` for many trials, and on the values of a truly sparse layer. Inside these functions
 there is no `.item()`, no branch on a tensor, no boolean indexing and no random call.
+
+What costs an author time, once and for all hooks (`sparsetune.testing.check_method` finds each):
+
+- `hp`, `progress` and counts are float64 tensors of no dimension. Before a number meets weights
+  it is cast, `hp.x.to(layer.value.dtype)`: alone PyTorch computes in the weights' dtype without
+  it, and in another one where many trials are lifted.
+- Nothing that is passed in may be changed, or handed on as part of a state: `hp.x.clone()`.
+- A branch may ask `variant`, which is words; whatever is a tensor takes `torch.where`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # of a method: it is part of files' names
 Layers = dict[str, Tensor]  # one tensor for each sparse layer, in the order of the network
 Shapes = dict[str, torch.Size]
 Noise = Callable[[str, int], Tensor]  # (layer, how many) -> uniform float64 in [0, 1)
 
 
 class Active(NamedTuple):
-    """One layer, flat. Dense: all N positions, `valid` is the mask. Sparse: values only, all valid.
+    """One layer, flat: its active weights, or all N positions of it with `valid` as the mask.
 
-    `momentum` is the SGD buffer, or m / (sqrt(v) + eps) under AdamW; `gradient` is the last
-    batch's. At positions that are not valid both hold what `dense_gradient` promises.
+    Both must come to the same, so whatever is summed or ranked is restricted to `valid` first, and
+    a layer's size is that of its shape. `momentum` is the SGD buffer, or m / (sqrt(v) + eps) under
+    AdamW; `gradient` is that of the last batch's loss, without weight decay. A hook may read them
+    where `Method.needs` names them, and at valid positions only, whatever `dense_gradient` says:
+    that of absent weights is for growth, by the backend.
     """
 
     value: Tensor
@@ -91,6 +105,82 @@ class UpdateSchedule:
         return min(1.0, step / self.last(num_steps))
 
 
+class Init(Protocol):
+    """What a trial begins with: (state, extra parameters by name, {} for none).
+
+    The state is () or a NamedTuple whose fields are tensors of fixed shape and dtype, [] or [L]
+    where it remembers numbers: checkpoints hold its fields, and lifting stacks them.
+    """
+
+    def __call__(
+        self,
+        values: dict[str, Active],  # momenta and gradients are zero
+        shapes: Shapes,
+        targets: Layers,  # {layer: the count of active weights that the density asks for}
+        hp: Any,
+        noise: Noise,
+        variant: Any,
+        /,
+    ) -> tuple[Any, Layers]: ...
+
+
+class Decide(Protocol):
+    """One topology update: (keep {layer: bool, as `value` is}, grow {layer: count}, state).
+
+    Counts are whole float64 numbers of no dimension, at most what is absent once the others are
+    dropped (more are not grown). What is returned as the state has the form of `init`'s.
+    `progress` is 0 at the start of training and 1 at the schedule's `stop`, not at the end.
+    """
+
+    def __call__(
+        self,
+        active: dict[str, Active],
+        shapes: Shapes,
+        state: Any,
+        hp: Any,
+        progress: Tensor,
+        variant: Any,
+        /,
+    ) -> tuple[Layers, Layers, Any]: ...
+
+
+class Sparsify(Protocol):
+    """The params of the forward pass. Gates are the masks as 0 and 1 of the params' dtype."""
+
+    def __call__(
+        self, params: Layers, gates: Layers, state: Any, hp: Any, variant: Any, /
+    ) -> Layers: ...
+
+
+class PullBack(Protocol):
+    """Gradients of all that is trained, from those of the loss at the params of the forward pass
+    (`grads`, which may be used up); terms that the method adds to the loss included.
+
+    In closed form, because autograd takes twice as long over it, and an autograd.Function cannot be
+    compiled under vmap. `gates` belong to `params`.
+    """
+
+    def __call__(
+        self, grads: Layers, params: Layers, gates: Layers, hp: Any, variant: Any, /
+    ) -> Layers: ...
+
+
+class AfterStep(Protocol):
+    """After each optimizer step: (changed params, gates, where{param: bool} the backend resets the
+    optimizer's moments, whichever the optimizer has)."""
+
+    def __call__(
+        self, params: Layers, state: Any, hp: Any, variant: Any, /
+    ) -> tuple[Layers, Layers, Layers]: ...
+
+
+class Scalars(Protocol):
+    """{name: 0-d tensor}, in the log as `method/<name>`: the rate that the last update had, the
+    share it dropped. They come from the state, so what is worth seeing belongs into it."""
+
+    def __call__(self, params: Layers, state: Any, hp: Any, /) -> Layers: ...
+
+
 def _unchanged(params: Layers, gates: Layers, state: Any, hp: Any, variant: Any) -> Layers:
     return params
 
@@ -130,34 +220,22 @@ class Method(NamedTuple):
     """variant -> which of {"momentum", "gradient"} `decide` and `growth` read."""
 
     growth: Callable[[Any], Growth | None] = lambda variant: None
+    """variant -> where a backend grows what `decide` counts; None: a method that only drops."""
 
-    init: Callable[..., tuple[Any, Layers]] = _no_state
-    """(values{layer: Active}, shapes, targets{layer: count}, hp, noise, variant) -> state, extra
-    parameters. `targets` are the counts of active weights that the density asks for."""
+    keeps_count: Callable[[Any], bool] = lambda variant: True
+    """variant -> does an update grow exactly as many weights as it drops, over all layers? False:
+    about as many (SM). Of methods that begin sparse."""
 
-    decide: Callable[..., tuple[Layers, Layers, Any]] | None = None
-    """(active{layer: Active}, shapes, state, hp, progress, variant) -> keep{layer: bool},
-    grow{layer: float64 count}, state."""
-
-    sparsify: Callable[..., Layers] = _unchanged
-    """(params, gates, state, hp, variant) -> params of the forward pass. Gates are the masks as 0
-    and 1 of the params' dtype, and belong to these params."""
-
-    pull_back: Callable[..., Layers] | None = None
-    """(grads, params, gates, hp, variant) -> gradients of all that is trained, from those of the
-    loss at the params of the forward pass (which are used up); terms that the method adds to the
-    loss included. None: the same gradients. In closed form, because autograd takes twice as long
-    over it and an autograd.Function cannot be compiled under vmap."""
-
-    after_step: Callable[..., tuple[Layers, Layers, Layers]] | None = None
-    """(params, state, hp, variant) -> changed params, gates, and where{param: bool} the backend
-    resets the optimizer's moments (whichever the optimizer has)."""
+    init: Init = _no_state
+    decide: Decide | None = None
+    sparsify: Sparsify = _unchanged
+    pull_back: PullBack | None = None  # None: the gradients as they are
+    after_step: AfterStep | None = None
 
     masks_of: Callable[[Layers], Layers] | None = None
     """params -> masks (bool), for methods with `after_step`: what their gates say."""
 
-    metrics: Callable[..., Layers] = lambda params, state, hp: {}
-    """(params, state, hp) -> scalars worth seeing."""
+    metrics: Scalars = lambda params, state, hp: {}
 
     decays: Callable[[str, Any], bool] = lambda name, variant: True
     """(parameter name, variant) -> does weight decay apply to it?"""
@@ -175,6 +253,51 @@ class Method(NamedTuple):
     def reaches_density(self) -> bool:
         """Does the trial's density fix the number of weights at the end?"""
         return self.begins == "sparse" or self.closes
+
+
+def faults(method: Any) -> list[str]:
+    """What is wrong with the fields of a method, each with what to write; [] where nothing is."""
+    if not isinstance(method, Method):
+        lacks = [name for name in ("name", "paper", "begins") if not hasattr(method, name)]
+        what = " without ".join([type(method).__name__, *([", ".join(lacks)] if lacks else [])])
+        return [f'it is a {what}; write METHOD = Method(name="...", paper="...", begins="sparse")']
+    wrong = []
+    if not isinstance(method.name, str) or not NAME.fullmatch(method.name):
+        wrong.append(f"name: {method.name!r}; use letters, digits, '.', '_' and '-'")
+    if not isinstance(method.paper, str):
+        wrong.append(f"paper: {method.paper!r}; give one line of text")
+    if method.begins not in ("sparse", "dense"):
+        wrong.append(f"begins: {method.begins!r}; allowed: sparse, dense")
+    if not isinstance(method.schedule, UpdateSchedule):
+        wrong.append(f"schedule: {method.schedule!r}; give an UpdateSchedule(...)")
+    for name, default in Method._field_defaults.items():
+        hook = getattr(method, name)
+        is_hook = default is None or (callable(default) and not isinstance(default, type))
+        if is_hook and not callable(hook) and hook is not default:
+            wrong.append(f"{name}: {hook!r}; give a function")
+    return wrong + _wrong_settings(method.Variant, method.Hyperparameters)
+
+
+def _wrong_settings(variant: Any, numbers: Any) -> list[str]:
+    for name, cls in (("Variant", variant), ("Hyperparameters", numbers)):
+        if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+            above = "@dataclass(frozen=True)" if name == "Variant" else "@hyperparameters"
+            return [f"{name}: {cls!r}; give a class with {above} above it"]
+    wrong = [
+        f"Variant.{field.name}: is no choice; write {field.name}: str = choice(...)"
+        for field in dataclasses.fields(variant)
+        if "allowed" not in field.metadata
+    ]
+    wrong += [
+        f"Hyperparameters.{field.name}: write {field.name}: float = number(default, low, high, "
+        "meaning), the default from low to high"
+        for field in dataclasses.fields(numbers)
+        if "low" not in field.metadata
+        or not field.metadata["low"] <= field.default <= field.metadata["high"]
+    ]
+    if not wrong and numbers is not NoChoices and numbers not in pytree.SUPPORTED_NODES:
+        wrong.append("Hyperparameters: vmap cannot take it apart; write @hyperparameters above it")
+    return wrong
 
 
 def choice(*allowed: str) -> Any:

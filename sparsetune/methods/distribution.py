@@ -16,8 +16,6 @@ from sparsetune.methods import noise
 from sparsetune.methods.contract import Layers, Shapes
 from sparsetune.methods.ops import apportion, lowest, proportional
 
-DISTRIBUTIONS = ("uniform", "er", "erk")
-
 
 def _raw(shape: torch.Size, distribution: str) -> float:
     """A layer's density up to the common factor, before it is clipped to 1."""

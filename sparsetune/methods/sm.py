@@ -146,6 +146,7 @@ METHOD = Method(
     ),
     needs=_needs,
     growth=lambda variant: Growth(variant.growth, regrow_dropped=True, new_value=variant.regrown),
+    keeps_count=lambda variant: variant.redistribution == "none",
     init=init,
     decide=decide,
     metrics=lambda params, state, hp: {

@@ -71,7 +71,7 @@ def _order(growth: Growth, layer: Active, keys: Keys) -> Tensor:
         return noise.uniform(
             keys.choose, torch.arange(layer.valid.shape[0], device=keys.choose.device)
         )
-    return -(layer.gradient if growth.score == "gradient" else layer.momentum).abs()
+    return -{"gradient": layer.gradient, "momentum": layer.momentum}[growth.score].abs()
 
 
 def _grow(growth: Growth, layer: Active, keep: Tensor, num: Tensor, keys: Keys) -> Tensor:
@@ -231,17 +231,13 @@ def update(
     zeros = {name: torch.zeros_like(params[name]) for name in new_masks}
 
     if state is None:
+        targets = _targets(method, new_masks, density)
         values = activate(new_params, new_masks, zeros, zeros)
-        targets = {k: mask.sum().to(torch.float64) for k, mask in new_masks.items()}
-        if method.closes:
-            size = sum(shape.numel() for shape in shapes.values())
-            fair = counts(shapes, round(density * size), "uniform")
-            targets = {k: torch.tensor(float(num)).to(targets[k]) for k, num in fair.items()}
-        state, extra = method.init(
-            values, shapes, targets, settings, seeded_noise(seed, "init", device), choices
-        )
+        seeded = seeded_noise(seed, "init", device)
+        state, extra = method.init(values, shapes, targets, settings, seeded, choices)
         new_params = extra | new_params
 
+    reset: Layers = {}
     if method.decide is not None:
         changed, new_masks, reset, state = update_alone(
             method,
@@ -255,15 +251,14 @@ def update(
             torch.tensor(progress, dtype=torch.float64, device=device),
             update_keys(new_masks, seed, number),
         )
-        new_params |= changed
     elif method.after_step is not None:
         changed, _, reset = method.after_step(new_params, state, settings, choices)
-        new_params |= changed
-    elif method.begins == "dense":
-        reset = {}
-    else:
+    elif method.begins == "sparse":
         reset = {name: ~mask for name, mask in new_masks.items()}
-        new_params |= {name: new_params[name].masked_fill(reset[name], 0) for name in reset}
+        changed = {name: new_params[name].masked_fill(reset[name], 0) for name in reset}
+    else:
+        changed = {}
+    new_params |= changed
     if method.masks_of is not None:
         new_masks = method.masks_of(new_params)
     new_momenta = None
@@ -273,3 +268,13 @@ def update(
             for name, moment in momenta.items()
         }
     return new_params, new_masks, new_momenta, state
+
+
+def _targets(method: Method, masks: Layers, density: float) -> Layers:
+    """Counts for `init`: those of the masks, or of this uniform density where it prunes to one."""
+    num = {name: int(mask.sum()) for name, mask in masks.items()}
+    if method.closes:
+        size = sum(mask.numel() for mask in masks.values())
+        num = counts({k: m.shape for k, m in masks.items()}, round(density * size), "uniform")
+    like = next(iter(masks.values()))
+    return {k: torch.tensor(n, dtype=torch.float64, device=like.device) for k, n in num.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 
-from sparsetune.space.config import SamplerSettings
+from sparsetune.settings import SamplerSettings
 from sparsetune.space.member import Member
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from sparsetune.methods import METHODS, Method
-from sparsetune.settings import TrialSettings, to_dict
+from sparsetune.methods import Method, find
+from sparsetune.settings import DIRECTIONS, SweepSettings, TrialSettings, to_dict
 from sparsetune.space import config
-from sparsetune.space.config import DIRECTIONS, SweepSettings
 from sparsetune.space.space import Space
 from sparsetune.space.traits import Traits, traits_of
 from sparsetune.store import journal
@@ -41,7 +40,7 @@ class Member:
 
     @property
     def method(self) -> Method:
-        return METHODS[self.settings.method]
+        return find(self.settings.method)
 
     @property
     def objectives(self) -> list[str]:

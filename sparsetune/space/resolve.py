@@ -18,18 +18,16 @@ from typing import Any, Literal
 import torch
 
 from sparsetune.engine.pool import Choice, choose
-from sparsetune.methods import METHODS
+from sparsetune.methods import find
 from sparsetune.methods.contract import make_hyperparameters, make_variant
 from sparsetune.names import suggestion
-from sparsetune.settings import TrialSettings
-from sparsetune.space import config, space
-from sparsetune.space.config import SweepSettings
+from sparsetune.settings import SweepSettings, TrialSettings
+from sparsetune.space import config, files
 from sparsetune.space.member import DENSITY_BOUND, Member, Sweep
-from sparsetune.space.space import Space
+from sparsetune.space.space import WORDS, Space
 from sparsetune.store.paths import S3Path, why
 from sparsetune.training import data, models
 from sparsetune.training.setup import (
-    check_device,
     choose_device,
     layers_of,
     prepare,
@@ -43,7 +41,7 @@ Command = Literal["train", "sweep"]
 def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep:
     """The sweep that a command line asks for. ValueError, one clear message, for what is wrong."""
     given = config.parse_words(words)
-    spaces = [space.load(spec) for spec in space_specs]
+    spaces = [files.load(spec) for spec in space_specs]
     _check_stems(spaces)
     start, densities = given.pop("start", None), given.pop("density", [])
     if command == "train":
@@ -97,19 +95,19 @@ def reworded(members: list[Member], asked: Mapping[str, Any]) -> list[Member]:
 
 def _check_stems(spaces: list[Space]) -> None:
     if not spaces:
-        raise ValueError(f"no search space given; there are: {', '.join(space.names())}")
-    files: dict[str, str] = {}
+        raise ValueError(f"no search space given; there are: {', '.join(files.names())}")
+    by_name: dict[str, str] = {}
     for one in spaces:
-        if one.name in files:
+        if one.name in by_name:
             raise ValueError(
-                f"'{one.name}' is given twice ({files[one.name]}, {one.file}); members are named "
+                f"'{one.name}' is given twice ({by_name[one.name]}, {one.file}); members are named "
                 "by the file, so leave one out or rename it"
             )
         if not config.NAME.fullmatch(one.name):
             raise ValueError(
                 f"{one.file}: members are named by the file; use letters, digits, '.', '_' and '-'"
             )
-        files[one.name] = one.file
+        by_name[one.name] = one.file
 
 
 def _only_point(
@@ -186,7 +184,7 @@ def _ranges(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if not key.startswith("search."):
             continue
         searched, _, word = key.removeprefix("search.").rpartition(".")
-        if not searched or word not in space.WORDS or word == "when":
+        if not searched or word not in WORDS or word == "when":
             raise ValueError(
                 f"{key}: write search.KEY.low, .high, .log, .step or .choices, such as "
                 "search.zeta.low=0.1"
@@ -209,7 +207,7 @@ def _refuse(spaces: list[Space], key: str, place: str) -> None:
 def _members(
     one: Space, common: Mapping[str, Any], densities: list[float], single: bool
 ) -> list[Member]:
-    method, keep_points = METHODS[one.method], False
+    method, keep_points = find(one.method), False
     bounds = {k: v for k, v in common.items() if k.startswith("constraint.")}
     key, values = "density", list(densities)
     if one.fixed.get("model.match_density"):
@@ -368,7 +366,6 @@ def engine_choice(
 
 def check_machine(settings: SweepSettings) -> None:
     """ValueError where engines need more than this machine has: they would wait for ever."""
-    check_device(settings.device)
     if settings.ray.cluster:
         return  # the cluster's nodes are another matter
     choose_device(settings.device)
@@ -398,7 +395,7 @@ def _corners(member: Member) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _check_trial(settings: TrialSettings, dataset: data.Dataset) -> None:
-    method = METHODS[settings.method]
+    method = find(settings.method)
     make_hyperparameters(method, settings.hp, make_variant(method, settings.variant))
     update_schedule(method, settings)
     if settings.model.match_density and (method.reaches_density or method.emergent):

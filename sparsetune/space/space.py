@@ -12,8 +12,8 @@ value that a space can give a trial is checked when it is loaded, so that no tri
     start:
       paper: {zeta: 0.3, lr: 0.01}             # tried first
 
-`base.yaml` beside the shipped spaces holds what every space searches besides, unless it says
-otherwise itself. Over 350 lines: a third of them are sentences for what a file got wrong.
+`files.py` finds and reads the files; `base.yaml` beside the shipped ones holds what every space
+searches besides, unless it says otherwise itself.
 """
 
 from __future__ import annotations
@@ -21,30 +21,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import optuna
-import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution
 
-from sparsetune.methods import METHODS, Method
-from sparsetune.methods.contract import check_number, make_variant
+from sparsetune.methods import METHODS, Method, find
 from sparsetune.names import suggestion
-from sparsetune.settings import TrialSettings
-from sparsetune.space import config
+from sparsetune.space import config, keys
 from sparsetune.space.config import KEYS
+from sparsetune.space.keys import SpaceError
 
+BASE = "search_spaces/base.yaml"
 SECTIONS = ("method", "fixed", "search", "start")
 WORDS = ("low", "high", "log", "step", "choices", "when")
-SHORT = {name: f"optimizer.{name}" for name in ("lr", "weight_decay", "momentum")}
-# Searching one of these would compare trials that cannot be compared.
-SAME_FOR_ALL = ("method", "epochs", "seed", "order_seed", "density_over", "dense_layers")
-
-
-class SpaceError(ValueError):
-    """A space that cannot be searched; says file, key, what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -161,20 +151,20 @@ class Space:
         """What a trial with these params has for `key`."""
         if key in params:
             return params[key]
-        return self.fixed[key] if key in self.fixed else default(METHODS[self.method], key)
+        return self.fixed[key] if key in self.fixed else keys.default(find(self.method), key)
 
     def dotted(self, key: str) -> str | None:
-        """The full name of a key, short or dotted; None where trials of this method have none."""
-        return _dotted(METHODS[self.method], key)
+        """`keys.dotted` of this method."""
+        return keys.dotted(find(self.method), key)
 
     def own_keys(self) -> list[str]:
         """The dotted hyperparameters and variants of the method."""
-        return list(_own(METHODS[self.method]).values())
+        return list(keys.own(find(self.method)).values())
 
     def fix(self, given: Mapping[str, Any]) -> Space:
         """The space with these dotted keys fixed, whatever it or its start points say of them."""
-        method = METHODS[self.method]
-        checked = {key: check_value(method, key, value) for key, value in given.items()}
+        method = find(self.method)
+        checked = {key: keys.check_value(method, key, value) for key, value in given.items()}
         return _checked(
             dataclasses.replace(
                 self,
@@ -192,7 +182,7 @@ class Space:
         search, fixed = dict(self.search), dict(self.fixed)
         for short, words in given.items():
             place = f"search.{short}"
-            key = _canonical(METHODS[self.method], short, place)
+            key = keys.canonical(find(self.method), short, place)
             old = search[key].to_dict() if key in search else {}
             if "choices" in words:
                 old = {k: v for k, v in old.items() if k == "when"}
@@ -201,7 +191,7 @@ class Space:
                     f"{place}: {self.file} searches it by choices ({_listed(old['choices'])}); "
                     f"give {place}.choices=[...]"
                 )
-            search[key] = _dimension(place, METHODS[self.method], key, old | dict(words))
+            search[key] = _dimension(place, find(self.method), key, old | dict(words))
             fixed.pop(key, None)
         return _checked(dataclasses.replace(self, fixed=fixed, search=search))
 
@@ -216,81 +206,36 @@ class Space:
         return cls(**{**given, "search": search})
 
 
-# Files --------------------------------------------------------------------------------------------
+# From yaml ----------------------------------------------------------------------------------------
 
 
-def folder() -> Path:
-    """Where the shipped spaces are: in the installed package, or beside it in the repository."""
-    package = Path(__file__).parents[1]
-    inside = package / "search_spaces"
-    return inside if inside.is_dir() else package.parent / "search_spaces"
-
-
-def names() -> list[str]:
-    """The shipped spaces."""
-    return sorted(file.stem for file in folder().glob("*.yaml") if file.stem != "base")
-
-
-def load(spec: str) -> Space:
-    """The space of this name, or in the file at this path. SpaceError for what cannot be."""
-    if spec in names():
-        path, file = folder() / f"{spec}.yaml", f"search_spaces/{spec}.yaml"
-    elif spec.endswith((".yaml", ".yml")) or "/" in spec:
-        path, file = Path(spec), spec
-        if not path.is_file():
-            raise SpaceError(f"{spec}: there is no such file; shipped spaces: {', '.join(names())}")
-    else:
-        raise SpaceError(
-            f"'{spec}' is no search space{suggestion(spec, names())}; "
-            f"there are: {', '.join(names())}; or give the path of a yaml file"
-        )
-    given = _read(path, file)
-    method = _method(given, file)
-    shared = _read(folder() / "base.yaml", "search_spaces/base.yaml", allowed=("search",))
-    fixed = _settings(method, given.get("fixed"), f"{file}: fixed", also=("constraint",))
-    search = _search(method, given.get("search"), file)
-    base = _search(method, shared.get("search"), "search_spaces/base.yaml")
+def from_yaml(
+    name: str, file: str, sections: Mapping[str, Any], shared: Mapping[str, Any]
+) -> Space:
+    """The space of a file's sections, and of what all spaces search. SpaceError, opening with the
+    file, for what cannot be searched."""
+    method = _method(sections, file)
+    fixed = _settings(method, sections.get("fixed"), f"{file}: fixed", also=("constraint",))
+    search = _search(method, sections.get("search"), file)
+    base = _search(method, shared.get("search"), BASE)
     both = [key for key in fixed if key in search]
     if both:
         raise SpaceError(f"{file}: '{both[0]}' is fixed and searched; leave one of the two out")
-    base = {key: dimension for key, dimension in base.items() if key not in fixed}
     start = {
-        str(name): _start_point(method, values, f"{file}: start.{name}")
-        for name, values in _mapping(given.get("start"), f"{file}: start").items()
+        str(point): _start_point(method, values, f"{file}: start.{point}")
+        for point, values in _mapping(sections.get("start"), f"{file}: start").items()
     }
-    search |= {key: dimension for key, dimension in base.items() if key not in search}
-    return _checked(Space(path.stem, file, method.name, fixed, search, start))
-
-
-def _read(path: Path, file: str, allowed: Sequence[str] = SECTIONS) -> dict[str, Any]:
-    try:
-        given = OmegaConf.to_container(OmegaConf.load(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise SpaceError(
-            f"{file}{line}: no valid yaml: {getattr(error, 'problem', None) or error}; "
-            "check indentation, colons and brackets there"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpaceError(f"{file}: cannot be read: {error}") from error
-    if not given:
-        raise SpaceError(f"{file}: is empty; it needs at least a line 'method: NAME'")
-    if not isinstance(given, dict) or all(value is None for value in given.values()):
-        raise SpaceError(f"{file}: holds no 'key: value' lines; it needs {', '.join(allowed)}")
-    for name in map(str, given):
-        if name not in allowed:
-            near = suggestion(name, allowed)
-            raise SpaceError(f"{file}: unknown '{name}'{near}; allowed: {', '.join(allowed)}")
-    return {str(name): value for name, value in given.items()}
+    search |= {k: dimension for k, dimension in base.items() if k not in {*fixed, *search}}
+    return _checked(Space(name, file, str(sections["method"]), fixed, search, start))
 
 
 def _method(given: Mapping[str, Any], file: str) -> Method:
-    name = given.get("method")
-    if not isinstance(name, str) or name not in METHODS:
-        what = f"unknown method '{name}'{suggestion(str(name), METHODS)}" if name else "no 'method'"
-        raise SpaceError(f"{file}: {what}; there are: {', '.join(METHODS)}")
-    return METHODS[name]
+    if not given.get("method"):
+        raise SpaceError(f"{file}: no 'method'; there are: {', '.join(METHODS)}")
+    try:
+        return find(str(given["method"]))
+    except ValueError as error:
+        raise SpaceError(f"{file}: {str(error).removeprefix('method: ')}") from error
 
 
 def _mapping(given: Any, place: str) -> dict[Any, Any]:
@@ -308,10 +253,10 @@ def _settings(method: Method, given: Any, place: str, also: tuple[str, ...] = ()
         if short.split(".")[0] in also:
             key = short
         else:
-            key = _canonical(method, short, place.partition(":")[0])
+            key = keys.canonical(method, short, place.partition(":")[0])
         _once(key, short, settings, place)
         try:
-            settings[key] = check_value(method, key, value)
+            settings[key] = keys.check_value(method, key, value)
         except ValueError as error:
             raise SpaceError(f"{place}: {error}") from error
     if "method" in settings:
@@ -322,16 +267,12 @@ def _settings(method: Method, given: Any, place: str, also: tuple[str, ...] = ()
 def _start_point(method: Method, given: Any, place: str) -> dict[str, Any]:
     settings = _settings(method, given, place)
     for key in settings:
-        if _same_for_all(key):
+        if keys.same_for_all(key):
             raise SpaceError(
                 f"{place}: {key} cannot differ at one start point, because all trials of a search "
                 f"must share it; put it under 'fixed', or write {key}=... on the command line"
             )
     return settings
-
-
-def _same_for_all(key: str) -> bool:
-    return key in SAME_FOR_ALL or (key.startswith("data.") and key != "data.augment")
 
 
 def _once(key: str, short: str, known: Mapping[str, Any], place: str) -> None:
@@ -342,68 +283,10 @@ def _once(key: str, short: str, known: Mapping[str, Any], place: str) -> None:
 def _search(method: Method, given: Any, file: str) -> dict[str, Dimension]:
     search: dict[str, Dimension] = {}
     for short, words in config.flatten(_mapping(given, f"{file}: search")).items():
-        key = _canonical(method, short, file)
+        key = keys.canonical(method, short, file)
         _once(key, short, search, f"{file}: search")
         search[key] = _dimension(f"{file}: search.{short}", method, key, words)
     return search
-
-
-# Keys and values ----------------------------------------------------------------------------------
-
-
-def _own(method: Method) -> dict[str, str]:
-    """Short name -> dotted key, of the method's hyperparameters and variants."""
-    hp = {f.name: f"hp.{f.name}" for f in dataclasses.fields(method.Hyperparameters)}
-    return hp | {f.name: f"variant.{f.name}" for f in dataclasses.fields(method.Variant)}
-
-
-def _dotted(method: Method, key: str) -> str | None:
-    own = _own(method)
-    if key in own or key in SHORT:
-        return own.get(key) or SHORT[key]
-    if key.startswith(("hp.", "variant.")):
-        return key if key in own.values() else None
-    return key if config.is_trial_key(key) else None
-
-
-def _canonical(method: Method, key: str, place: str) -> str:
-    found = _dotted(method, key)
-    if found is not None:
-        return found
-    if key in KEYS or key.startswith("constraint."):
-        raise SpaceError(
-            f"{place}: '{key}' is no setting of a single trial; give it on the command line, as "
-            f"{key}=..."
-        )
-    own = [*_own(method), *SHORT]
-    near = suggestion(key.rpartition(".")[2], own) or suggestion(key, KEYS)
-    has = ", ".join(_own(method)) or "none of its own"
-    raise SpaceError(
-        f"{place}: '{key}' is no hyperparameter of {method.name}{near}{'' if near else ';'} "
-        f"it has: {has}; besides: {', '.join(SHORT)}, and settings such as update.every"
-    )
-
-
-def default(method: Method, key: str) -> Any:
-    """The value of a dotted key that nobody set; None for a key without one."""
-    group, _, name = key.partition(".")
-    if group in ("hp", "variant"):
-        cls = method.Hyperparameters if group == "hp" else method.Variant
-        return next(f.default for f in dataclasses.fields(cls) if f.name == name)
-    value: Any = dataclasses.asdict(TrialSettings(method=method.name))
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def check_value(method: Method, key: str, value: Any) -> Any:
-    """The value as its key's type; ValueError, opening with the key, for one not allowed."""
-    group, _, name = key.partition(".")
-    if group == "hp":
-        return check_number(method, name, value)
-    if group == "variant":
-        return getattr(make_variant(method, {name: value}), name)
-    return config.check_value(key, value)
 
 
 def _listed(values: Sequence[Any]) -> str:
@@ -415,7 +298,7 @@ def _listed(values: Sequence[Any]) -> str:
 
 def _dimension(place: str, method: Method, key: str, given: Any) -> Dimension:
     """The checked range of `key`. `place` opens every message."""
-    if _same_for_all(key):
+    if keys.same_for_all(key):
         raise SpaceError(
             f"{place}: {key} cannot be searched, because all trials of a search must share it; "
             f"put it under 'fixed', or write {key}=... on the command line"
@@ -436,10 +319,10 @@ def _dimension(place: str, method: Method, key: str, given: Any) -> Dimension:
 def _when(place: str, method: Method, given: Any) -> dict[str, tuple[Any, ...]]:
     when = {}
     for short, value in config.flatten(_mapping(given, f"{place}: when")).items():
-        key = _canonical(method, short, f"{place}: when")
+        key = keys.canonical(method, short, f"{place}: when")
         values = value if isinstance(value, list) else [value]
         try:
-            when[key] = tuple(check_value(method, key, each) for each in values)
+            when[key] = tuple(keys.check_value(method, key, each) for each in values)
         except ValueError as error:
             raise SpaceError(f"{place}: when: {error}") from error
     return when
@@ -457,7 +340,7 @@ def _choices(place: str, method: Method, key: str, words: dict[str, Any]) -> tup
         if isinstance(value, (list, dict)):
             raise SpaceError(f"{place}: choices: {value} is neither a word nor a number")
         try:
-            checked.append(check_value(method, key, value))
+            checked.append(keys.check_value(method, key, value))
         except ValueError as error:
             raise SpaceError(f"{place}: {error}") from error
     if len({repr(value) for value in checked}) < len(checked):
@@ -494,7 +377,7 @@ def _range(
     as_type = int if whole else float
     try:
         for value in (low, high):
-            check_value(method, key, as_type(value))
+            keys.check_value(method, key, as_type(value))
     except ValueError as error:
         raise SpaceError(f"{place}: {error}") from error
     return Dimension(
@@ -503,8 +386,7 @@ def _range(
 
 
 def _takes_whole(key: str) -> bool:
-    kind = KEYS.get(key, float)
-    return kind in (int, Any) or kind == (int | None)
+    return key in KEYS and KEYS[key].kind in (int, Any)
 
 
 def _allowed_words(method: Method, key: str) -> tuple[str, ...]:

@@ -70,10 +70,14 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, str):
-        return value if config.KEYS.get(key) is str or _is_plain(value) else json.dumps(value)
+        return value if _is_text(key) or _is_plain(value) else json.dumps(value)
     if key == "density" and not isinstance(value, (float, int)):
         return ",".join(_text("", number) for number in value)
     return json.dumps(value, separators=(",", ":"), default=_builtin)
+
+
+def _is_text(key: str) -> bool:
+    return key in config.KEYS and config.KEYS[key].kind is str
 
 
 def _is_plain(text: str) -> bool:

@@ -102,8 +102,9 @@ def _needs(members: list[Writable]) -> Iterator[tuple[dict[str, Any], dict[str, 
     if not settings[0].ray.cluster:
         yield {}, {}
         return
-    named = [name for own in settings for name in (own.data.name, own.model.name)]
-    paths = sorted({name for name in named if ":" in name})
+    methods = sorted({own.method for own in settings})
+    named = {name for own in settings for name in (own.data.name, own.model.name)}
+    paths = sorted(path for path in named | {*methods} if ":" in path)
     sent: dict[str, Any] = {"py_modules": users_modules(paths)} if paths else {}
     token = members[0].folder.parent / ".seen"
     if isinstance(token, S3Path):
@@ -113,7 +114,7 @@ def _needs(members: list[Writable]) -> Iterator[tuple[dict[str, Any], dict[str, 
     data = [to_dict(own.data) for own in settings]
     prints = [writable.record.header["data"] for writable in members]
     try:
-        yield needs(token, models, list(zip(data, prints, strict=True))), sent
+        yield needs(token, methods, models, list(zip(data, prints, strict=True))), sent
     finally:
         with contextlib.suppress(OSError):
             token.unlink()

@@ -33,9 +33,11 @@ def users(paths: Iterable[str]) -> dict[str, str]:
 
 
 def of_method(name: str) -> dict[str, str]:
-    """File -> hash of its text, of the modules that hold the rule of a method and apply it."""
+    """File -> hash of its text, of our modules that hold the rule of a method, unless it is a
+    user's, and apply it."""
     package = f"{PACKAGE}.methods."
-    texts = _texts(package + name, package) | _texts(f"{package}update", package)
+    texts = {} if ":" in name else _texts(package + name, package)
+    texts |= _texts(f"{package}update", package)
     return {file: _hashed(text) for file, text in texts.items()}
 
 

@@ -36,7 +36,7 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
-from sparsetune.settings import WANDB_MODES, WandbSettings
+from sparsetune.settings import WandbSettings, check_value
 
 QUEUED = 20_000  # events waiting at most, some 40 MB; what comes on top is left to the next resume
 UPLOAD_SECONDS = 3600  # for a file
@@ -46,8 +46,7 @@ Config = dict[str, Any]
 
 def resolve_mode(settings: WandbSettings) -> str:
     """online, offline or disabled. Asks nobody: `online` without a login is offline, too."""
-    if settings.mode not in WANDB_MODES:
-        raise ValueError(f"wandb.mode: {settings.mode!r} is none of {', '.join(WANDB_MODES)}")
+    check_value("wandb.mode", settings.mode)
     os.environ.setdefault("WANDB_SILENT", "true")  # no line of wandb's own amid our table
     known = wandb_setup.singleton().settings  # has what `wandb offline` and `wandb login` set
     mode = settings.mode if settings.mode != "auto" else os.environ.get("WANDB_MODE", known.mode)

@@ -32,14 +32,15 @@ Differences = dict[str, tuple[Any, Any]]  # key -> then, now
 
 def code(member: Member) -> dict[str, dict[str, str]]:
     """The texts or hashes of the code that the member's results depend on, for its header."""
-    named = [member.settings.data.name, member.settings.model.name]
+    settings = member.settings
+    named = [settings.data.name, settings.model.name, settings.method]
     for values in (member.space.fixed, *member.space.start.values()):
         named.append(str(values.get("model.name", "")))
     if "model.name" in member.space.search:
         named += map(str, member.space.search["model.name"].choices)
     return {
         "users": source_code.users(dict.fromkeys(named)),
-        "method": source_code.of_method(member.method.name),
+        "method": source_code.of_method(settings.method),
     }
 
 
@@ -66,8 +67,10 @@ def check_unchanged(member: Member, header: Event, fingerprint: str) -> None:
         )
     if "method" in then and (lines := source_code.changes(then["method"], now["method"])):
         version = header.get("versions", {}).get("sparsetune", "?")
+        name = member.settings.method
+        rule = "part of every method" if ":" in name else name
         raise ValueError(
-            f"code: sparsetune's own {member.method.name} has changed since '{member.name}' began "
+            f"code: sparsetune's own {rule} has changed since '{member.name}' began "
             f"with version {version}:\n{lines}\ninstall that version, {ELSEWHERE.format(sweep)}"
         )
     if header["data"] != fingerprint:

@@ -13,11 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsetune.names import suggestion
-from sparsetune.settings import DataSettings
+from sparsetune.settings import DataSettings, check_group
 from sparsetune.training import sources
-
-AUGMENTS = ("none", "shift", "crop+flip")
 
 
 class Arrays(NamedTuple):
@@ -59,18 +56,7 @@ def load_test(settings: DataSettings) -> Arrays:
 
 def check(settings: DataSettings) -> None:
     """ValueError for settings that cannot work, without decoding or downloading anything."""
-    if not 0 <= settings.validation < 1:
-        raise ValueError(
-            f"data.validation: {settings.validation} is not in [0, 1); "
-            "it is the share of the training images held out, as 0.1"
-        )
-    if settings.limit < 0:
-        raise ValueError(f"data.limit: {settings.limit} is negative; 0 uses all training images")
-    if settings.augment not in AUGMENTS:
-        raise ValueError(
-            f"data.augment: {settings.augment!r} is unknown"
-            f"{suggestion(settings.augment, AUGMENTS)}; known: {', '.join(AUGMENTS)}"
-        )
+    check_group("data", settings)
     sources.check_source(settings)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetune.names import import_object, suggestion, users_code
-from sparsetune.settings import ModelSettings
+from sparsetune.settings import ModelSettings, check_group
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
 Uniform = Callable[
@@ -92,12 +92,7 @@ def check(settings: ModelSettings) -> None:
             f"model.args: {settings.args} go to a class of your own (model.name=package.module:"
             f"Class); {settings.name} takes none"
         )
-    if any(not 1 <= width <= 10**6 for width in settings.widths):
-        raise ValueError(f"model.widths: {settings.widths}; every width must be 1 to 1000000")
-    if not 0 <= settings.match_density <= 1:
-        raise ValueError(
-            f"model.match_density: {settings.match_density} is not in [0, 1]; 0 turns it off"
-        )
+    check_group("model", settings)
     if settings.match_density and named:
         raise ValueError(
             f"model.match_density: the widths of {settings.name} are not known here; "

@@ -5,15 +5,15 @@ The rule to know: `prepare` turns settings into a `Setup` that never changes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-import re
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparsetune.methods import METHODS, Method
+from sparsetune.methods import Method, find
 from sparsetune.methods.contract import (
     Shapes,
     UpdateSchedule,
@@ -21,7 +21,7 @@ from sparsetune.methods.contract import (
     make_variant,
 )
 from sparsetune.methods.distribution import counts, split_layers, total_for
-from sparsetune.settings import DataSettings, TrialSettings, from_dict
+from sparsetune.settings import DataSettings, TrialSettings, check_group, check_value, from_dict
 from sparsetune.training import data, models
 from sparsetune.training.flops import forward_flops
 from sparsetune.training.memory import keep_freed_memory
@@ -72,7 +72,7 @@ class Setup(NamedTuple):
 
 def choose_device(name: str) -> torch.device:
     """auto: a GPU where there is one. ValueError for a device that this machine lacks."""
-    check_device(name)
+    check_value("device", name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -81,25 +81,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_device(name: str) -> None:
-    """ValueError for what is no name of a device that we train on."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device: '{name}' is unknown; allowed: auto, cpu, cuda, cuda:N")
-
-
 def update_schedule(method: Method, settings: TrialSettings) -> UpdateSchedule:
     """The method's schedule with what the settings replace; ValueError for what cannot be."""
-    given = {k: v for k, v in vars(settings.update).items() if v is not None}
-    if "doublings" in given:
-        given["doublings"] = tuple(given["doublings"])
-    schedule = method.schedule
-    schedule = UpdateSchedule(**{**vars(schedule), **given})
-    every = schedule.every
-    if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ValueError(f"update.every: '{every}' is neither 'epoch' nor a number of steps")
-    for name, share in (("first", schedule.first), ("stop", schedule.stop)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"update.{name}: {share} is no share of training from 0 to 1")
+    check_group("update", settings.update)
+    own = {k: v for k, v in vars(settings.update).items() if v is not None}
+    if "doublings" in own:
+        own["doublings"] = tuple(own["doublings"])
+    schedule = dataclasses.replace(method.schedule, **own)
     if schedule.first > schedule.stop:
         raise ValueError(
             f"update.first: {schedule.first} comes after update.stop, {schedule.stop}, so the "
@@ -128,7 +116,7 @@ def prepare(
     settings: TrialSettings, device: torch.device, dataset: data.Dataset | None = None
 ) -> Setup:
     """The setup of a trial; `dataset` where it is loaded already. ValueError for bad settings."""
-    method = METHODS[settings.method]
+    method = find(settings.method)
     variant = make_variant(method, settings.variant)
     if dataset is None:
         dataset = data.load(settings.data)

@@ -21,8 +21,7 @@ from helpers.wandb_server import WandbServer
 
 from sparsetune.cluster import fleet, nodes, trial
 from sparsetune.cluster import tuner as cluster
-from sparsetune.settings import DataSettings, ModelSettings, to_dict
-from sparsetune.space.config import RaySettings, SweepSettings
+from sparsetune.settings import DataSettings, ModelSettings, RaySettings, SweepSettings, to_dict
 from sparsetune.store import journal
 from sparsetune.store.layout import sweeps
 from sparsetune.store.paths import place
@@ -41,7 +40,10 @@ MEMBERS = ["set@0.2", "static@0.2"]
 MINE = """
 import numpy as np
 from sklearn.datasets import load_digits
+from sparsetune.methods.contract import Method
 import helper
+
+METHOD = Method(name="mine", paper="none", begins="sparse")
 
 def images():
     digits = load_digits()
@@ -279,7 +281,7 @@ def test_what_a_node_lacks_is_said(at_home: Path, tmp_path: Path) -> None:
     token.write_text("abc")
     data = DataSettings("mine:images")
     images = (to_dict(data), load(data).fingerprint)
-    found = nodes.needs(token, [to_dict(ModelSettings())], [images])
+    found = nodes.needs(token, ["set", "mine:METHOD"], [to_dict(ModelSettings())], [images])
     look = nodes.looker()
     assert look(**found) == []
     assert list(tmp_path.glob("token*")) == [token]
@@ -297,7 +299,10 @@ def test_what_a_node_lacks_is_said(at_home: Path, tmp_path: Path) -> None:
 
     lacking = [(to_dict(DataSettings("mnist", "nowhere")), ""), (to_dict(data), "0123456789abcdef")]
     model = to_dict(ModelSettings("nosuchmodule:Net"))
-    module, path, others = look(**found | {"models": [model], "data": lacking})
+    wrong = {"methods": ["mine:images", "nowhere:METHOD"], "models": [model], "data": lacking}
+    no_method, no_rule, module, path, others = look(**found | wrong)
+    assert "method: mine:images is no method: it is a function" in no_method
+    assert "method: module 'nowhere' cannot be imported" in no_rule
     assert "module 'nosuchmodule' cannot be imported" in module
     assert "data.path: 'nowhere' does not exist" in path
     assert "mine:images are others there" in others
@@ -307,7 +312,7 @@ def test_what_a_node_lacks_is_said(at_home: Path, tmp_path: Path) -> None:
 def test_it_can_be_said_where_sparsetune_is_missing() -> None:
     code = (
         "import pickle, sys; look = pickle.load(sys.stdin.buffer); "
-        "wrong = look('', ('', ''), {'sparsetuna': '1'}, [], []); "
+        "wrong = look('', ('', ''), {'sparsetuna': '1'}, [], [], []); "
         "print(wrong, [m for m in sys.modules if m.startswith('sparsetune')])"
     )
     sent = ray.cloudpickle.dumps(nodes.looker())

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsetune.methods import distribution, noise, ops
+from sparsetune.settings import TrialSettings, keys_of
 
 torch.set_num_threads(1)
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -590,7 +591,7 @@ def networks(draw: st.DrawFn) -> tuple[dict[str, torch.Size], int]:
 
 
 @settings(quick, max_examples=200)
-@given(networks(), st.sampled_from(distribution.DISTRIBUTIONS))
+@given(networks(), st.sampled_from(keys_of(TrialSettings)["distribution"].choices))
 def test_counts_are_exact_with_no_layer_empty_or_above_its_size(
     network: tuple[dict[str, torch.Size], int], kind: str
 ) -> None:

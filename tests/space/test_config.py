@@ -12,7 +12,7 @@ import pytest
 
 from sparsetune.search.study import MemberStudy
 from sparsetune.settings import TrialSettings, to_dict
-from sparsetune.space import config, space
+from sparsetune.space import config, files
 from sparsetune.space.member import Member, Sweep, scheduling
 from sparsetune.space.resolve import resolve
 from sparsetune.store.journal import Journal
@@ -560,6 +560,6 @@ def test_a_member_is_searched(name: str, sampler: str, tmp_path: Path) -> None:
 
 
 def test_all_shipped_spaces_make_one_sweep() -> None:
-    one = sweep(*space.names(), "density=0.02,0.05")
+    one = sweep(*files.names(), "density=0.02,0.05")
     assert len(names(one)) == 19
     assert scheduling(one.members).name == "none"

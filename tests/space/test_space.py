@@ -16,10 +16,11 @@ import yaml  # type: ignore[import-untyped]
 from sparsetune.methods import METHODS
 from sparsetune.methods.contract import make_hyperparameters, make_variant
 from sparsetune.settings import DataSettings, TrialSettings
-from sparsetune.space import space
+from sparsetune.space import files, keys
+from sparsetune.space.keys import SpaceError
 from sparsetune.space.member import Member
 from sparsetune.space.resolve import resolve
-from sparsetune.space.space import Dimension, Space, SpaceError
+from sparsetune.space.space import Dimension, Space
 from sparsetune.training import data, models, trainer
 from sparsetune.training.setup import layers_of, prepare, update_schedule
 
@@ -63,12 +64,12 @@ def samples(one: Space, num: int) -> list[dict[str, Any]]:
 
 
 def test_the_shipped_spaces() -> None:
-    assert space.names() == sorted(SHIPPED)
+    assert files.names() == sorted(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_space_opens_with_its_command_and_paper(name: str) -> None:
-    first, *rest = (space.folder() / f"{name}.yaml").read_text().splitlines()
+    first, *rest = (files.folder() / f"{name}.yaml").read_text().splitlines()
     assert first.startswith(f"# sparsetune sweep {name} name=")
     header = "\n".join(line for line in rest[:4] if line.startswith("#"))
     assert "Paper:" in header or "20" in header
@@ -76,7 +77,7 @@ def test_a_space_opens_with_its_command_and_paper(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_command_of_a_space_resolves(name: str, tmp_path: Path) -> None:
-    command = (space.folder() / f"{name}.yaml").read_text().splitlines()[0].split()
+    command = (files.folder() / f"{name}.yaml").read_text().splitlines()[0].split()
     words = [word for word in command[4:] if not word.startswith("name=")]
     assert member(command[3], tmp_path, *words).space.name == name
 
@@ -84,15 +85,15 @@ def test_the_command_of_a_space_resolves(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shared_ranges_are_the_same_for_all(name: str) -> None:
     shared = ("optimizer.lr", "optimizer.weight_decay")
-    one, other = space.load(name), space.load("static")
+    one, other = files.load(name), files.load("static")
     assert [one.search[key] for key in shared] == [other.search[key] for key in shared]
-    given = yaml.safe_load((space.folder() / f"{name}.yaml").read_text())
+    given = yaml.safe_load((files.folder() / f"{name}.yaml").read_text())
     assert not {"lr", "weight_decay", *shared} & set(given.get("search") or {})
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_start_points(name: str) -> None:
-    one = space.load(name)
+    one = files.load(name)
     assert "paper" in one.start
     if one.method in FOUR:
         assert "seed-text" in one.start
@@ -165,7 +166,7 @@ search:
 
 
 def test_conditions_hold(write: Any) -> None:
-    one = space.load(write(CONDITIONAL))
+    one = files.load(write(CONDITIONAL))
     assert list(one.search).index("variant.prune") < list(one.search).index("hp.threshold")
     seen = set()
     for params in samples(one, 60):
@@ -180,30 +181,30 @@ def test_conditions_hold(write: Any) -> None:
 
 
 def test_a_condition_reads_fixed_keys_and_defaults(write: Any) -> None:
-    one = space.load(write(CONDITIONAL)).fix({"variant.prune": "threshold"})
+    one = files.load(write(CONDITIONAL)).fix({"variant.prune": "threshold"})
     assert all("hp.threshold" in p and "hp.zeta" not in p for p in samples(one, 5))
     text = "method: set\nsearch: {threshold: {low: 0.1, high: 1, when: {prune: threshold}}}"
-    one = space.load(write(text))  # the default, signwise
+    one = files.load(write(text))  # the default, signwise
     assert not any("hp.threshold" in params for params in samples(one, 5))
 
 
 def test_nested_and_dotted_keys_are_the_same(write: Any) -> None:
     rest = "search: {hp: {zeta: {low: 0.1, high: 0.2}}, optimizer: {lr: {low: 0.1, high: 1}}}\n"
-    nested = space.load(write(f"method: set\nfixed: {{variant: {{prune: magnitude}}}}\n{rest}"))
+    nested = files.load(write(f"method: set\nfixed: {{variant: {{prune: magnitude}}}}\n{rest}"))
     rest = "search: {hp.zeta: {low: 0.1, high: 0.2}, lr: {low: 0.1, high: 1}}\n"
-    assert nested == space.load(write(f"method: set\nfixed: {{prune: magnitude}}\n{rest}"))
+    assert nested == files.load(write(f"method: set\nfixed: {{prune: magnitude}}\n{rest}"))
     assert nested.search["optimizer.lr"] == Dimension(0.1, 1.0)  # a user's file may redefine it
 
 
 def test_what_is_fixed_is_not_searched(write: Any) -> None:
-    one = space.load(write("method: static\nfixed: {lr: 0.1}"))
+    one = files.load(write("method: static\nfixed: {lr: 0.1}"))
     assert "optimizer.lr" not in one.search
     assert "optimizer.weight_decay" in one.search
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_space_comes_back_from_json(name: str) -> None:
-    one = space.load(name)
+    one = files.load(name)
     assert Space.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     assert samples(Space.from_dict(one.to_dict()), 3) == samples(one, 3)
 
@@ -223,7 +224,7 @@ start:
 
 def test_start_points_in_and_out_of_the_study(write: Any) -> None:
     rest = {"optimizer.lr": 0.1, "optimizer.weight_decay": 0.0}
-    points = {point.name: point[1:] for point in space.load(write(START)).points()}
+    points = {point.name: point[1:] for point in files.load(write(START)).points()}
     assert points == {
         "inside": ({"hp.zeta": 0.3, **rest}, {}, True),
         "repeats": (
@@ -238,7 +239,7 @@ def test_start_points_in_and_out_of_the_study(write: Any) -> None:
 
 
 def test_the_command_line_wins_over_start_points(write: Any) -> None:
-    one = space.load(write(START)).fix({"hp.zeta": 0.2, "distribution": "erk"})
+    one = files.load(write(START)).fix({"hp.zeta": 0.2, "distribution": "erk"})
     assert "hp.zeta" not in one.search
     for point in one.points():
         assert not {"hp.zeta", "distribution"} & {*point.params, *point.fixed}
@@ -247,7 +248,7 @@ def test_the_command_line_wins_over_start_points(write: Any) -> None:
 
 def test_optuna_takes_the_points_in_the_study() -> None:
     for name in SHIPPED:
-        one = space.load(name)
+        one = files.load(name)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
         for point in one.points():
             if point.in_study:
@@ -259,7 +260,7 @@ def test_optuna_takes_the_points_in_the_study() -> None:
 
 
 def test_ranges_are_overridden() -> None:
-    one = space.load("set").search_also({"zeta": {"low": 0.2}, "new_value": {"choices": ["zero"]}})
+    one = files.load("set").search_also({"zeta": {"low": 0.2}, "new_value": {"choices": ["zero"]}})
     assert one.search["hp.zeta"] == Dimension(0.2, 0.6)
     assert one.search["variant.new_value"].choices == ("zero",)
     one = one.search_also(
@@ -306,7 +307,7 @@ def test_ranges_are_overridden() -> None:
 )  # fmt: skip
 def test_a_bad_file(text: str, message: str, write: Any) -> None:
     with pytest.raises(SpaceError) as caught:
-        space.load(write(text))
+        files.load(write(text))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -351,20 +352,20 @@ def test_a_bad_file(text: str, message: str, write: Any) -> None:
 )  # fmt: skip
 def test_a_bad_range(line: str, message: str, write: Any) -> None:
     with pytest.raises(SpaceError) as caught:
-        space.load(write(f"method: set\nsearch:\n  {line}\n"))
+        files.load(write(f"method: set\nsearch:\n  {line}\n"))
     assert message in str(caught.value)
     assert "mine.yaml" in str(caught.value)
 
 
 def test_an_unknown_space() -> None:
     with pytest.raises(SpaceError, match=r"'sett' is no search space; did you mean 'set'\?; there"):
-        space.load("sett")
+        files.load("sett")
     with pytest.raises(SpaceError, match=r"^nowhere/set.yaml: there is no such file; shipped sp"):
-        space.load("nowhere/set.yaml")
+        files.load("nowhere/set.yaml")
 
 
 def test_defaults_are_the_methods_and_the_trials() -> None:
-    assert space.default(METHODS["dsr"], "hp.gain") == 2.0
-    assert space.default(METHODS["dsr"], "variant.growth") == "nonzero"
-    assert space.default(METHODS["dsr"], "optimizer.lr") == TrialSettings().optimizer.lr
-    assert space.default(METHODS["dsr"], "model.args.depth") is None
+    assert keys.default(METHODS["dsr"], "hp.gain") == 2.0
+    assert keys.default(METHODS["dsr"], "variant.growth") == "nonzero"
+    assert keys.default(METHODS["dsr"], "optimizer.lr") == TrialSettings().optimizer.lr
+    assert keys.default(METHODS["dsr"], "model.args.depth") is None

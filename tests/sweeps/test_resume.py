@@ -180,6 +180,31 @@ def test_changed_code_of_a_method_is_refused_with_its_version(
     assert "\nsparsetune/methods/set.py differs\ninstall that version, or begin" in said
 
 
+def test_a_changed_method_of_the_users_is_refused_with_its_lines(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "examples/mest.py").read_text()
+    rule, file = here / "resumedmest.py", here / "spaces/own.yaml"
+    file.parent.mkdir()
+    rule.write_text(text)
+    file.write_text("method: resumedmest:METHOD\nsearch: {prune_fraction: {low: 0.1, high: 0.5}}\n")
+    folder = begun(monkeypatch, str(file), "name=a", "density=0.2", *TOY)
+    code = journal.header(folder / "own@0.2")["code"]
+    assert code["users"] == {"resumedmest.py": text}
+    files = {Path(file).stem for file in code["method"]}  # ours, which apply it
+    assert files >= {"update", "ops", "noise"} and not files & {"set", "rigl", "resumedmest"}
+    ended("a")
+    run("resume", "a")
+    rule.write_text(text.replace("  # share of each layer that the last update dropped", ""))
+    run("resume", "a")
+    rule.write_text(text.replace("score = layer.value.abs()", "score = layer.value.square()"))
+    said = refused("resume", "a")
+    assert "code: your modules have changed since 'a/own@0.2' began" in said
+    assert "-        score = layer.value.abs()\n+        score = layer.value.square()" in said
+    rule.unlink()
+    assert "resumedmest.py is not there any more" in refused("resume", "a")
+
+
 def test_which_modules_are_the_users_own(here: Path) -> None:
     package = here / "theirs"
     (package / "nets").mkdir(parents=True)

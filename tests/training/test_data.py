@@ -19,8 +19,8 @@ from sparsetune.training import data
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"validation": 1.0}, r"^data.validation: 1.0 is not in \[0, 1\)"),
-        ({"limit": -1}, "^data.limit: -1 is negative"),
+        ({"validation": 1.0}, "^data.validation: 1.0 is out of .*; allowed: 0 or more and below 1"),
+        ({"limit": -1}, "^data.limit: -1 is out of range; allowed: 0 or more"),
         ({"augment": "shft"}, r"^data.augment: 'shft' .* mean 'shift'\?; known: none, shift, crop"),
         ({"name": "mnits"}, r"^data.name: 'mnits' is unknown; did you mean 'mnist'\?; known: dig"),
         ({"name": "nowhere:get"}, "^data.name: module 'nowhere' cannot be imported: No module"),
