@@ -36,7 +36,7 @@ from helpers.wandb_files import read_runs  # noqa: E402
 
 from sparsetune.search.scheduler import Asha, Rungs  # noqa: E402
 from sparsetune.search.study import MemberStudy  # noqa: E402
-from sparsetune.space.member import Member, Sweep  # noqa: E402
+from sparsetune.space.member import Member, scheduling  # noqa: E402
 from sparsetune.store import journal  # noqa: E402
 from sparsetune.store.layout import trial_folder  # noqa: E402
 from sparsetune.training import checkpoint  # noqa: E402
@@ -215,11 +215,11 @@ class Chaos:
             shutil.copy(folder / journal.FILE, copy)
             opened = journal.Journal.open(copy)
             member = Member.from_header(opened.record.header["member"])
-            scheduling = Sweep("", Path(), [member]).scheduling
-            search = MemberStudy(member.search_member(opened), member.settings.seed)
-            if scheduling.name != "asha":
+            stopping = scheduling([member])
+            search = MemberStudy(member, opened, member.settings.seed)
+            if stopping.name != "asha":
                 return []
-            asha = Asha(scheduling.grace, scheduling.reduction)
+            asha = Asha(stopping.grace, stopping.reduction)
             found = Rungs(search, member.settings.epochs, asha).replay()
             opened.close()
             return found

@@ -9,11 +9,9 @@ from pathlib import Path
 from sparsetune.comparison.compare import compare
 from sparsetune.reports.figures import Results
 from sparsetune.reports.svg import style
-from sparsetune.space import config
 
 name, file = sys.argv[1:]
-storage = config.storage_folder(config.build({}).storage)
-pictures = Results(compare(storage, [name])).main().pictures
+pictures = Results(compare(name)).main().pictures
 if not pictures:
     sys.exit(f"{name}: nothing of it is confirmed; do so by: sparsetune confirm {name}")
 own = "svg { background: var(--back); font-family: system-ui, sans-serif; } .chart text {"

@@ -27,7 +27,7 @@ from sparsetune.comparison.winners import confirmations
 from sparsetune.engine.solo import Solo
 from sparsetune.machine import processor
 from sparsetune.settings import TrialSettings
-from sparsetune.space.member import Member
+from sparsetune.space.member import Member, load_member
 from sparsetune.store import journal
 from sparsetune.store.layout import member_folders
 from sparsetune.training import data
@@ -96,8 +96,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"search": [], "confirm": []}
     total = [0.0, 0.0]
     for folder in member_folders(options.storage, options.name):
-        record = journal.load(folder)
-        member = Member.from_header(record.header["member"])
+        member, record = load_member(folder)
         events: list[Any] = []
         for part, folders in (("search", [folder]), ("confirm", confirmations(folder).values())):
             reports = [e for each in folders for e in journal.read(each) if e["type"] == "report"]

@@ -10,9 +10,9 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import click
 from rich.table import Table
@@ -29,14 +29,32 @@ MATCH = click.option(
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the program with status 2 where the code within finds fault with what the user gave."""
-    from sparsetune.store.lock import SweepHeld
     from sparsetune.store.paths import StorageAway
 
     try:
         yield
-    except (ValueError, SweepHeld, StorageAway) as error:
+    except (ValueError, StorageAway) as error:
         click.echo(f"sparsetune: {error}", err=True)
         sys.exit(2)
+
+
+def _drive(command: Callable[..., dict[str, Any]], *given: Any, **named: Any) -> NoReturn:
+    """Ends the program as the command does that trains: 0 done, 1 trials failed, 130 interrupted.
+
+    What ended it without being a bug is said, and how to go on; 2 where it was refused."""
+    from sparsetune.cluster.fleet import ClusterError
+    from sparsetune.store.lock import SweepHeld
+    from sparsetune.store.paths import CheckpointLost, StorageAway
+    from sparsetune.sweeps.launch import Refused
+
+    try:
+        result = command(*given, **named)
+    except (Refused, CheckpointLost, ClusterError, SweepHeld, StorageAway) as error:
+        click.echo("\n".join([f"sparsetune: {error}", *getattr(error, "__notes__", [])]), err=True)
+        refused = isinstance(error, Refused | ClusterError)
+        sys.exit(2 if refused else 130 if isinstance(error, StorageAway) else 1)
+    failed = any(member["trials"]["failed"] for member in result.get("members", [result]))
+    sys.exit(130 if result["state"] == "interrupted" else int(failed))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,7 +74,9 @@ def train(words: tuple[str, ...]) -> None:
     \b
     sparsetune train SPACE [start=paper|seed-text] [key=value ...]
     """
-    _launch(words, "train", dry_run=False)
+    from sparsetune.sweeps import launch
+
+    _drive(launch.begin, "train", words)
 
 
 @main.command()
@@ -68,107 +88,13 @@ def sweep(words: tuple[str, ...], dry_run: bool) -> None:
     \b
     sparsetune sweep SPACE [SPACE ...] [density=0.02,0.05] name=NAME [key=value ...]
     """
-    _launch(words, "sweep", dry_run)
+    from sparsetune.sweeps import launch
 
-
-def _launch(words: tuple[str, ...], command: Literal["train", "sweep"], dry_run: bool) -> None:
-    from sparsetune.cluster.tuner import check_cluster
-    from sparsetune.space.resolve import resolve
-    from sparsetune.sweeps import create, warm_start
-
-    spaces = [word for word in words if "=" not in word and word[:1] not in "+~"]
-    with ExitStack() as stack:
+    if dry_run:
         with user_errors():
-            resolved = warm_start.warmed(
-                resolve(spaces, [w for w in words if w not in spaces], command)
-            )
-            if dry_run:
-                click.echo(_preview(resolved))
-                return
-            if command == "sweep":
-                check_cluster(resolved.settings.ray, resolved.storage)
-                click.echo(f"Early stopping: {resolved.scheduling.reason}.", err=True)
-            create.create(resolved, command)
-            members = stack.enter_context(create.opened(resolved.storage, resolved.name))
-        sys.exit(_run(members, lambda: create.undo(members)))
-
-
-def _run(members: list[Any], undo: Callable[[], bool] = lambda: False) -> int:
-    from sparsetune.store import layout
-    from sparsetune.sweeps import run as sweep
-
-    again = layout.resume_command(members[0].folder.parent)
-    return _guarded(lambda: sweep.run(members), again, undo)
-
-
-def _guarded(run: Callable[[], int], again: str, undo: Callable[[], bool] = lambda: False) -> int:
-    """The exit status of `run`; what ended it without being a bug is said, and how to go on.
-
-    Where the cluster cannot be used, `undo` may have the command as if it had not been given."""
-    from sparsetune.cluster.fleet import ClusterError
-    from sparsetune.store.lock import SweepHeld
-    from sparsetune.store.paths import CheckpointLost, StorageAway
-
-    try:
-        return run()
-    except (CheckpointLost, ClusterError, SweepHeld, StorageAway) as error:
-        click.echo(f"sparsetune: {error}", err=True)
-        if isinstance(error, ClusterError) and undo():
-            click.echo("Nothing was begun; the same command can be given again.", err=True)
-        elif not isinstance(error, SweepHeld):
-            click.echo(f"Go on by: {again}", err=True)
-        if isinstance(error, StorageAway):
-            return 130
-        return 2 if isinstance(error, ClusterError) else 1
-
-
-def _preview(resolved: Any) -> str:
-    """The settings of each member as yaml, and the trials that would come first."""
-    import optuna
-    import yaml
-
-    from sparsetune.settings import to_dict
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    lines = []
-    for member in resolved.members:
-        lines += [f"# {member.name}", yaml.safe_dump(to_dict(member.settings), sort_keys=False)]
-        for number, point in enumerate(member.start_points[: member.settings.trials]):
-            lines.append(
-                f"# trial {number}, start point {point.name}: {point.params | point.fixed}"
-            )
-        begun = len(member.start_points)
-        study = optuna.create_study(directions=member.directions, sampler=member.make_sampler(0))
-        for number in range(begun, min(begun + 3, member.settings.trials)):
-            lines.append(f"# trial {number}, such as: {member.ask(study.ask())}")
-        lines.append("")
-    return "\n".join(
-        [
-            *lines,
-            f"# Early stopping: {resolved.scheduling.reason}.",
-            "# Dry run: nothing was started.",
-        ]
-    )
-
-
-def _named(words: tuple[str, ...], allowed: set[str]) -> dict[str, Any]:
-    """{name, storage, ...} from a name and key=value words."""
-    from sparsetune.space import config
-
-    names = [word for word in words if "=" not in word]
-    given = config.parse_words([word for word in words if "=" in word])
-    for key in given:
-        if key not in allowed | {"name", "storage"}:
-            words_allowed = ", ".join(sorted(allowed | {"name", "storage"}))
-            raise ValueError(f"{key}: not a key of this command; allowed: {words_allowed}")
-    names += [given["name"]] if "name" in given else []
-    if len(names) > 1:
-        raise ValueError(f"name: give one, not {len(names)}: {' '.join(names)}")
-    if names:
-        given["name"] = names[0]
-        config.check_name(names[0].partition("/")[0])
-    settings = config.build({key: value for key, value in given.items() if key != "name"})
-    return given | {"storage": config.storage_folder(settings.storage)}
+            click.echo(launch.preview(words))
+    else:
+        _drive(launch.begin, "sweep", words)
 
 
 @main.command()
@@ -180,36 +106,14 @@ def resume(words: tuple[str, ...], allow_wider: bool, retry_failed: bool) -> Non
 
     \b
     sparsetune resume NAME [trials=N] [storage=FOLDER] [--retry-failed]
-    sparsetune resume NAME [SPACE ...] [key=value ...] [--allow-wider]
+    sparsetune resume NAME search.KEY.high=B [search.KEY.low=A] --allow-wider
     Where trials run may change: concurrency device engine failures ray.address resources.*
     wandb.mode.
     What else is given must be what the sweep has; ranges may become wider, with --allow-wider.
     """
-    from sparsetune.store import layout
-    from sparsetune.sweeps import create
-    from sparsetune.sweeps import unchanged as changes
+    from sparsetune.sweeps import launch
 
-    specs = [word for word in words if "=" not in word]
-    keys = {"name", "storage", "trials", *changes.PLACES}
-    own = [word for word in words if word.partition("=")[0].strip() in keys]
-    if not any(word.startswith("name=") for word in own):
-        own, specs = specs[:1] + own, specs[1:]
-    with ExitStack() as stack:
-        with user_errors():
-            given = _named(tuple(own), keys)
-            if "name" not in given:
-                known = ", ".join(layout.sweeps(given["storage"])) or "none"
-                raise ValueError(f"resume: give the name of a sweep; there are: {known}")
-            wanted = create.Extension(
-                trials=given.get("trials"),
-                places={key: given[key] for key in changes.PLACES if key in given},
-                specs=specs,
-                words=[word for word in words if "=" in word and word not in own],
-                allow_wider=allow_wider,
-                retry_failed=retry_failed,
-            )
-            members = stack.enter_context(create.opened(given["storage"], given["name"], wanted))
-        sys.exit(_run(members))
+    _drive(launch.go_on, words, retry_failed=retry_failed, allow_wider=allow_wider)
 
 
 @main.command()
@@ -225,24 +129,9 @@ def confirm(words: tuple[str, ...], retry_failed: bool) -> None:
     where on a front of accuracy and density, if one was searched, the method is to be compared.
     Where runs are trained may change as with resume. Called again it goes on; more seeds are added.
     """
-    from sparsetune.comparison import confirm as confirmation
-    from sparsetune.sweeps import unchanged as changes
-    from sparsetune.sweeps.create import Extension
+    from sparsetune.comparison import launch
 
-    with ExitStack() as stack:
-        with user_errors():
-            own = [w for w in words if "=" in w and w.partition("=")[0] in confirmation.KEYS]
-            asked = confirmation.parse(own)
-            given = _named(tuple(w for w in words if w not in own), set(changes.PLACES))
-            if "name" not in given:
-                raise ValueError("confirm: give the name of a sweep, or SWEEP/MEMBER")
-            places = {key: given[key] for key in changes.PLACES if key in given}
-            wanted = Extension(places=places, retry_failed=retry_failed)
-            confirmations = stack.enter_context(
-                confirmation.begun(given["storage"], given["name"], asked, wanted)
-            )
-        again = confirmation.command(confirmations)
-        sys.exit(_guarded(lambda: confirmation.run(confirmations), again))
+    _drive(launch.carry_out, words, retry_failed=retry_failed)
 
 
 @main.command()
@@ -254,27 +143,28 @@ def status(words: tuple[str, ...], as_json: bool) -> None:
     \b
     sparsetune status [NAME] [--json] [storage=FOLDER]
     """
-    from sparsetune.store import layout
-    from sparsetune.sweeps import status as state
+    from sparsetune.space.words import named
+    from sparsetune.store.layout import member_folders
+    from sparsetune.sweeps import status as stand
 
     with user_errors():
-        given = _named(words, set())
-        if "name" in given:
-            folders = layout.member_folders(given["storage"], given["name"])
-            result = state.sweep_status(folders)
+        name, values = named(words)
+        storage = values["storage"]
+        if name:
+            result = stand.sweep_status(member_folders(storage, name))
         else:
-            result = state.all_status(given["storage"])
+            result = stand.all_status(storage)
     if as_json:
         click.echo(json.dumps(_finite(result), indent=2))
         return
     sweeps = result.get("sweeps", [result])
     if not sweeps:
-        click.echo(f"No sweeps in {given['storage']}.")
-    for each in sweeps:
-        if "error" in each:
-            click.echo(f"{each['name']}: {each['error']}", err=True)
+        click.echo(f"No sweeps in {storage}.")
+    for sweep in sweeps:
+        if "error" in sweep:
+            click.echo(f"{sweep['name']}: {sweep['error']}", err=True)
         else:
-            state.print_members(each.get("members", [each]))
+            stand.print_members(sweep.get("members", [sweep]))
 
 
 def _finite(value: Any) -> Any:
@@ -298,12 +188,13 @@ def dashboard(words: tuple[str, ...], port: int) -> None:
     pip install 'sparsetune[dashboard]'
     """
     from sparsetune.reports import dashboard as shown
+    from sparsetune.space.words import named
 
     with user_errors():
-        storage, names = _names(words)
-        if len(names) > 1:
-            raise ValueError(f"name: give one, not {len(names)}: {' '.join(names)}")
-        shown.serve(storage, names[0], port)
+        name, values = named(words)
+        if not name:
+            raise ValueError("name: give a sweep, or SWEEP/MEMBER")
+        shown.serve(values["storage"], name, port)
 
 
 @main.command()
@@ -332,17 +223,18 @@ def export(words: tuple[str, ...], trial: str, to_wandb: bool) -> None:
     subtracted, and which are then divided by saved["normalization"]["deviation"], per channel.
     """
     from sparsetune.reports import export as exporting
+    from sparsetune.space.words import named, split
 
     with user_errors():
-        own = [word for word in words if "=" not in word]
-        if len(own) != 2:
+        names, settings = split(words)
+        if len(names) != 2:
             raise ValueError("export: give NAME FILE, a sweep of one member, or SWEEP/MEMBER")
-        given = _named((own[0], *(w for w in words if "=" in w)), {"wandb.mode"})
-        file = Path(own[1])
-        member, exported = exporting.export(given["storage"], given["name"], trial, file)
+        name, values = named([names[0], *settings], {"wandb.mode"})
+        file = Path(names[1])
+        member, exported = exporting.export(values["storage"], name, trial, file)
         click.echo(f"{file}: trial {exported['trial']} of {member.name}")
         if to_wandb:
-            mode = given.get("wandb.mode")
+            mode = values.get("wandb.mode")
             click.echo(f"{file} is {exporting.to_wandb(member, exported, file, mode)}")
 
 
@@ -369,23 +261,23 @@ def compare(
     from sparsetune.reports import runs_csv, tables
 
     with user_errors():
-        storage, names = _names(words)
-        found = comparing.compare(storage, names, match)
+        names, storage = _names(words)
+        comparison = comparing.compare(*names, match=match, storage=storage)
         if csv_file:
-            runs_csv.save_csv(found, Path(csv_file))
+            runs_csv.save_csv(comparison, Path(csv_file))
     if as_json:
-        click.echo(json.dumps(_finite(found.to_dict()), indent=2))
+        click.echo(json.dumps(_finite(comparison.to_dict()), indent=2))
     else:
-        tables.print_comparison(found)
+        tables.print_comparison(comparison)
 
 
-def _names(words: tuple[str, ...]) -> tuple[Any, list[str]]:
-    """The storage and the names, of sweeps or of members, that `compare` and `report` are given."""
-    names = [word for word in words if "=" not in word]
-    given = [_named((name, *(w for w in words if "=" in w)), set()) for name in names]
-    if not names:
-        raise ValueError("name: give one or more sweeps, or SWEEP/MEMBER")
-    return given[0]["storage"], names
+def _names(words: tuple[str, ...]) -> tuple[list[str], Path]:
+    """The sweeps or members that `compare` and `report` are given, and the storage."""
+    from sparsetune.space.words import named, split
+
+    names, settings = split(words)
+    name, values = named(settings)
+    return [*names, *([name] if name else [])], values["storage"]
 
 
 @main.command()
@@ -408,22 +300,20 @@ def report(
     The page needs no network: one file, with tables, pictures and the rules. With --wandb alone
     there is none.
     """
-    from sparsetune.comparison import compare as comparing
+    from sparsetune.comparison.compare import compare
     from sparsetune.reports import page
 
     with user_errors():
-        storage, names = _names(words)
+        names, storage = _names(words)
         if target is not None:
             from sparsetune.reports import wandb_report  # ValueError without the extra `report`
 
             place = wandb_report.place(target)
-        found = comparing.compare(storage, names, match)
         if html_file or target is None:
-            file = Path(html_file or f"{'-'.join(names).replace('/', '-')}.html")
-            page.write(file, found, storage)
-            click.echo(f"{file.resolve()}")
+            click.echo(page.report(*names, html=html_file, match=match, storage=storage))
         if target is not None:
-            click.echo(wandb_report.save(found, storage, *place))
+            comparison = compare(*names, match=match, storage=storage)
+            click.echo(wandb_report.save(comparison, storage, *place))
 
 
 @main.command()
@@ -471,9 +361,12 @@ def settings(key: str, as_markdown: bool) -> None:
 
 def _no_name(words: tuple[str, ...]) -> None:
     """`storage` may stand at every command; nothing else says anything to this one."""
+    from sparsetune.space.words import named
+
     with user_errors():
-        if "name" in (given := _named(words, set())):
-            raise ValueError(f"'{given['name']}': this command lists all and takes no name")
+        name, _ = named(words)
+        if name:
+            raise ValueError(f"'{name}': this command lists all and takes no name")
 
 
 @main.command()

@@ -11,7 +11,7 @@ from rich.console import Console
 def shown(value: Any) -> str:
     """A number as a reader wants it: four digits that matter."""
     if isinstance(value, list):
-        return " / ".join(shown(each) for each in value)
+        return " / ".join(map(shown, value))
     return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 

@@ -8,6 +8,7 @@ On a cluster a node is looked at before it gets an engine, and an engine has pla
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -72,8 +73,9 @@ class Fleet:
         self._start(nodes)
         wanted = max(1, self._settings.resources.engines)
         if not self._needs and len(self._engines) < wanted:
+            gpu = " and a GPU" if self._gpu else ""
             raise ClusterError(
-                f"resources: {wanted} engines of {self._threads} threads{' and a GPU' * self._gpu} "
+                f"resources: {wanted} engines of {self._threads} threads{gpu} "
                 f"need more than this machine has, which is room for {len(self._engines)}; give "
                 "resources.engines=N, resources.threads_per_engine=N"
             )
@@ -132,13 +134,13 @@ class Fleet:
         wrong = []
         for node in _answered(self._looks, None if wait else 0.0):
             try:
-                found = ray.get(self._looks.pop(node))
+                lacks = ray.get(self._looks.pop(node))
             except ray.exceptions.RayError as error:
-                found = [str(error).strip().splitlines()[-1]]
+                lacks = [str(error).strip().splitlines()[-1]]
                 nodes = alive_nodes()
-            self._good[node] = not found
+            self._good[node] = not lacks
             if node in nodes:
-                wrong += [f"node {nodes[node]['NodeManagerAddress']}: {each}" for each in found]
+                wrong += [f"node {nodes[node]['NodeManagerAddress']}: {what}" for what in lacks]
         return wrong
 
     def _start(self, nodes: dict[str, dict[str, Any]]) -> None:
@@ -157,12 +159,13 @@ class Fleet:
             for node, has in usable.items()
         }
         total = sum(room.values())
-        at_once = settings.concurrency or min(self._trials, max(-(-self._trials // 4), FEW * total))
+        first = max(math.ceil(self._trials / 4), FEW * total)
+        at_once = settings.concurrency or min(self._trials, first)
         wanted = settings.resources.engines or max(1, min(total, at_once))
         if total and not self._engines:
             on_gpu = self._gpu if self._needs else None
             slots = settings.resources.slots or self._default_slots(on_gpu)
-            self._slots = max(1, min(slots, -(-at_once // max(1, min(wanted, total)))))
+            self._slots = max(1, min(slots, math.ceil(at_once / max(1, min(wanted, total)))))
         new: list[str] = []
         while len(self._engines) + len(new) < wanted and total > here.total() + len(new):
             new.append(max(room, key=lambda node: room[node] - here[node] - new.count(node)))
@@ -173,11 +176,11 @@ class Fleet:
         for node in new:
             name = f"engine-{next(self._numbers)}"
             share = 0.8 if self._gpu else 0.8 / (here[node] + new.count(node))
-            given = (device, settings.engine, self._slots, self._threads, share, str(Path.cwd()))
+            about = (device, settings.engine, self._slots, self._threads, share, str(Path.cwd()))
             remote = ray.remote(EngineActor).options(
                 name=name, scheduling_strategy=_at(node), **options
             )
-            self._engines[name] = _Engine(node, remote.remote(*given))
+            self._engines[name] = _Engine(node, remote.remote(*about))
             self._starting[name] = self._engines[name].actor.__ray_ready__.remote()
             if not self._needs:
                 self.places[name] = self._slots  # trials' processes start at the same time

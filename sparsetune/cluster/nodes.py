@@ -101,14 +101,14 @@ def looker() -> Callable[..., list[str]]:
                 wrong.append(str(error))
         for settings, fingerprint in data:
             try:
-                found = our_data.load(from_dict(DataSettings, settings)).fingerprint
+                there = our_data.load(from_dict(DataSettings, settings)).fingerprint
             except ValueError as error:
                 wrong.append(str(error))
                 continue
-            if found != fingerprint:
+            if there != fingerprint:
                 wrong.append(
                     f"data: the images of {settings['name']} are others there (fingerprint "
-                    f"{found[:12]}, and {fingerprint[:12]} where the sweep was started)"
+                    f"{there[:12]}, and {fingerprint[:12]} where the sweep was started)"
                 )
         return wrong
 
@@ -134,5 +134,5 @@ def users_modules(paths: Iterable[str]) -> list[str]:
 def _places(module: ModuleType) -> list[Path]:
     """The folders of a package, or the file of a module."""
     file = getattr(module, "__file__", None)
-    found = list(getattr(module, "__path__", [])) or ([file] if file else [])
-    return [Path(each).resolve() for each in found]
+    paths = list(getattr(module, "__path__", [])) or ([file] if file else [])
+    return [Path(path).resolve() for path in paths]

@@ -52,13 +52,13 @@ class EngineActor:
     """`engine.actor.Engine` as Ray sees it. Whoever gets an actor by name imports its class, so
     this one stands where there is no torch: it takes 1.3 s and 200 MB of every trial's process."""
 
-    def __init__(self, *given: Any) -> None:
+    def __init__(self, *about: Any) -> None:
         from sparsetune.engine.actor import Engine
 
-        self._engine = Engine(*given)
+        self._engine = Engine(*about)
 
-    async def attach(self, *given: Any) -> int:
-        return await self._engine.attach(*given)
+    async def attach(self, *about: Any) -> int:
+        return await self._engine.attach(*about)
 
     async def after(self, key: str, token: int, epoch: int) -> list[dict[str, float]]:
         return await self._engine.after(key, token, epoch)
@@ -137,8 +137,8 @@ def _records(
                 if engine is None:
                     engine = _engine(about["engine"])
                     suspect = suspect or deaths > 1
-                    given = [about[name] for name in ("folder", "save_every", "decisions")]
-                    token = ray.get(engine.attach.remote(key, settings, *given, suspect))
+                    saving = [about[name] for name in ("folder", "save_every", "decisions")]
+                    token = ray.get(engine.attach.remote(key, settings, *saving, suspect))
                 records = ray.get(engine.after.remote(key, token, epoch))
             except (
                 ray.exceptions.RayActorError,

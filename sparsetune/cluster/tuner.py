@@ -12,16 +12,23 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsetune.cluster.fleet import ClusterError, Fleet
 from sparsetune.cluster.trial import sweep_trial
 from sparsetune.cluster.watch import Watch
-from sparsetune.search.study import SearchMember
-from sparsetune.settings import RaySettings, SweepSettings
+from sparsetune.search.study import MemberStudy
+from sparsetune.settings import RaySettings
 from sparsetune.space.member import Scheduling
+
+if TYPE_CHECKING:
+    from ray.tune import Tuner
+
+    from sparsetune.search.scheduler import JournalScheduler
+    from sparsetune.search.searcher import JournalSearcher
 
 PROCESSES = 40  # of trials and engines that one machine may well have
 TRIAL_BYTES = 120_000_000  # of memory that a trial's process needs
@@ -41,6 +48,10 @@ QUIET = {
 
 def check_cluster(settings: RaySettings, storage: Path) -> None:
     """ClusterError where the cluster that is asked for does not answer, or would lose the sweep."""
+    import ray
+
+    if ray.is_initialized():
+        raise ClusterError("ray: this process uses a Ray already; call ray.shutdown() before")
     key, address = "ray.address" if settings.address else "RAY_ADDRESS", settings.cluster
     if not address:
         return
@@ -73,19 +84,18 @@ def _running_here() -> str:
     known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     if known.exists():
         return known.read_text()
-    for each in Path("/proc").glob("[0-9]*/cmdline"):  # of a node with a --temp-dir of its own
+    for process in Path("/proc").glob("[0-9]*"):  # of a node with a --temp-dir of its own
         with contextlib.suppress(OSError):
-            command = each.read_bytes().decode(errors="replace")
-            found = re.match(r"[^\s\0]*/raylet\0.*?--gcs-address=([^\s\0]+)", command, re.DOTALL)
-            if found:
-                return found[1]
+            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            raylet = re.match(r"[^\s\0]*/raylet\0.*?--gcs-address=([^\s\0]+)", command, re.DOTALL)
+            if raylet:
+                return raylet[1]
     return ""
 
 
 def tune_all(
-    members: list[SearchMember],
-    settings: SweepSettings,
-    scheduling: Scheduling,
+    studies: list[MemberStudy],
+    stopping: Scheduling,
     default_slots: Callable[[bool | None], int],
     needs: dict[str, Any],
     runtime_env: dict[str, Any],
@@ -96,6 +106,40 @@ def tune_all(
     `default_slots` and `needs` (of a cluster's nodes) are the fleet's; `runtime_env` is what Ray
     brings to the nodes.
     """
+    settings = studies[0].member.settings
+    with tempfile.TemporaryDirectory() as scratch, _ray(settings.ray.cluster, runtime_env):
+        from sparsetune.search.scheduler import Asha, JournalScheduler
+        from sparsetune.search.searcher import JournalSearcher
+
+        fleet = Fleet(settings, _open_trials(studies), default_slots, needs, watch.display.note)
+        fleet.begin()
+        searcher = JournalSearcher(
+            studies,
+            fleet.places,
+            settings.concurrency,
+            fleet.detach,
+            fleet.follow,
+            stopping.decisions(settings.epochs),
+        )
+        asha = Asha(stopping.grace, stopping.reduction) if stopping.name == "asha" else None
+        scheduler = JournalScheduler(searcher, settings.epochs, asha)
+        watch.on_leave = searcher.drain
+        if watch.leaving_since is None:  # no signal came while Ray started
+            memory = TRIAL_BYTES if settings.ray.cluster else 1
+            _tuner(searcher, scheduler, watch, memory, scratch).fit()
+        if searcher.error is not None:
+            raise searcher.error
+
+
+def _open_trials(studies: list[MemberStudy]) -> int:
+    """How many have not ended, of those that were asked for."""
+    ended = [trial.status != "running" for s in studies for trial in s.record.trials.values()]
+    return sum(study.record.asked for study in studies) - sum(ended)
+
+
+@contextmanager
+def _ray(address: str, runtime_env: dict[str, Any]) -> Iterator[None]:
+    """Within it this process uses the cluster at `address`, or else a Ray of its own."""
     os.environ.update(QUIET)
     # Ray prints a warning at four times as many processes as it starts at once.
     at_once = max(os.cpu_count() or 1, PROCESSES // 4)
@@ -103,70 +147,48 @@ def tune_all(
     # What failed is tried again, or told at the end; Tune would print its traceback each time.
     logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     import ray
+
+    try:
+        ray.init(
+            address=address or "local",  # plain init joins a dead cluster's stale address
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if address else False,
+            runtime_env=runtime_env or None,
+        )
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+        if not address:
+            raise
+        raise ClusterError(
+            f"ray.address: the cluster at '{address}' answers, but cannot be used from here "
+            f"({' '.join(str(error).split())[:500]}); start sweeps on one of its nodes, or by "
+            "`ray job submit`"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _tuner(
+    searcher: JournalSearcher, scheduler: JournalScheduler, watch: Watch, memory: int, scratch: str
+) -> Tuner:
     from ray import tune
 
-    from sparsetune.search.scheduler import Asha, JournalScheduler
-    from sparsetune.search.searcher import JournalSearcher, Reraise
+    from sparsetune.search.searcher import Reraise
 
-    address = settings.ray.cluster or "local"  # plain init joins a dead cluster's stale address
     # Tune refuses a trial that asks for nothing, and the engines have all the cores. All trials'
     # processes are on one node as far as it has what they ask for.
-    memory = 1 if address == "local" else TRIAL_BYTES
-    open_trials = sum(
-        member.record.asked - sum(t.status != "running" for t in member.record.trials.values())
-        for member in members
+    return tune.Tuner(
+        tune.with_resources(sweep_trial, tune.PlacementGroupFactory([{"memory": memory}])),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name="scratch",
+            storage_path=scratch,
+            callbacks=[Reraise(searcher, watch.tick, watch.install)],
+            failure_config=tune.FailureConfig(max_failures=-1),
+            verbose=0,
+        ),
     )
-    with watch.signals(), tempfile.TemporaryDirectory() as scratch:
-        try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=False if address == "local" else None,
-                runtime_env=runtime_env or None,
-            )
-        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            if address == "local":
-                raise
-            raise ClusterError(
-                f"ray.address: the cluster at '{address}' answers, but cannot be used from here "
-                f"({' '.join(str(error).split())[:500]}); start sweeps on one of its nodes, or by "
-                "`ray job submit`"
-            ) from error
-        try:
-            fleet = Fleet(settings, open_trials, default_slots, needs, watch.progress.note)
-            fleet.begin()
-            searcher = JournalSearcher(
-                members,
-                settings.seed,
-                fleet.places,
-                settings.concurrency,
-                fleet.detach,
-                fleet.follow,
-                settings.failures,
-            )
-            asha = (
-                Asha(scheduling.grace, scheduling.reduction) if scheduling.name == "asha" else None
-            )
-            scheduler = JournalScheduler(searcher, settings.epochs, asha)
-            watch.on_leave = searcher.drain
-            if watch.leaving_since is not None:  # the signal came while Ray started
-                return
-            tuner = tune.Tuner(
-                tune.with_resources(sweep_trial, tune.PlacementGroupFactory([{"memory": memory}])),
-                tune_config=tune.TuneConfig(
-                    search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True
-                ),
-                run_config=tune.RunConfig(
-                    name="scratch",
-                    storage_path=scratch,
-                    callbacks=[Reraise(searcher, watch.tick, watch.install)],
-                    failure_config=tune.FailureConfig(max_failures=-1),
-                    verbose=0,
-                ),
-            )
-            tuner.fit()
-            if searcher.error is not None:
-                raise searcher.error
-        finally:
-            ray.shutdown()

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
 from sparsetune.store.paths import AWAY_SECONDS, StorageAway, why
-from sparsetune.sweeps.progress import Progress
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE_SECONDS = 20.0  # how long a running epoch may take to end after Ctrl-C
+
+
+class Display(Protocol):
+    """Where a person sees how the sweep stands."""
+
+    def update(self) -> None:
+        """Called all the time: draws when it is due."""
+
+    def note(self, text: str) -> None: ...
 
 
 class Watch:
@@ -22,9 +31,9 @@ class Watch:
     PATIENCE_SECONDS, leaves them at their last checkpoints. Nothing is lost either way.
     """
 
-    def __init__(self, send: Callable[[], None], progress: Progress) -> None:
+    def __init__(self, send: Callable[[], None], display: Display) -> None:
         """`send` brings W&B up to date."""
-        self.send, self.progress = send, progress
+        self.send, self.display = send, display
         self.leaving_since: float | None = None
         self.on_leave: Callable[[], None] = lambda: None
         self._away = False
@@ -33,14 +42,14 @@ class Watch:
         self.send()
         if self._away:
             self._away = False
-            self.progress.note("storage is back")
+            self.display.note("storage is back")
         self._look()
 
     def trouble(self, error: OSError, waited: float) -> None:
         """Storage cannot be read or written: says so, and ends the sweep when it stays away."""
         if not self._away:
             self._away = True
-            self.progress.note(f"waiting for storage ({why(error)})")
+            self.display.note(f"waiting for storage ({why(error)})")
         if waited > AWAY_SECONDS:
             raise StorageAway(
                 f"storage: away for {waited:.0f} seconds ({why(error)}); nothing that is in a "
@@ -49,7 +58,7 @@ class Watch:
         self._look()
 
     def _look(self) -> None:
-        self.progress.update()
+        self.display.update()
         if self.leaving_since and time.monotonic() - self.leaving_since > PATIENCE_SECONDS:
             raise KeyboardInterrupt
 
@@ -57,18 +66,18 @@ class Watch:
         if self.leaving_since is not None:
             raise KeyboardInterrupt
         self.leaving_since = time.monotonic()
-        self.progress.note("leaving: running epochs are being finished; again to leave at once")
+        self.display.note("leaving: running epochs are being finished; again to leave at once")
         self.on_leave()
 
     def install(self) -> None:
         """Called again once Ray and Tune, which install handlers of their own, have started."""
-        for number in SIGNALS:
+        for number in _signals():
             signal.signal(number, self._signal)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Handles signals until the end of the `with`, and swallows what they raise."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in _signals()}
         self.install()
         try:
             yield
@@ -78,3 +87,9 @@ class Watch:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _signals() -> tuple[signal.Signals, ...]:
+    """Those that can be handled here: Python lets the main thread alone do so."""
+    main = threading.current_thread() is threading.main_thread()
+    return (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main else ()

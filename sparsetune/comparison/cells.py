@@ -32,7 +32,7 @@ from sparsetune.comparison.winners import (
     winner,
 )
 from sparsetune.settings import TrialSettings
-from sparsetune.space.member import Member, Scheduling, Sweep
+from sparsetune.space.member import Member, Scheduling, load_member, scheduling
 from sparsetune.space.networks import network_of
 from sparsetune.store import journal
 from sparsetune.store.journal import ENDED, Record, Trial
@@ -99,18 +99,17 @@ def sources(storage: Path, name: str) -> list[Source]:
     everybody = member_folders(storage, name.partition("/")[0])
     headers = [journal.header(folder)["member"] for folder in everybody]
     members = [Member.from_header(header) for header in headers]
-    scheduling = Sweep("", Path(), members).scheduling
+    stopping = scheduling(members)
     made = []
     for folder in member_folders(storage, name):
-        record = journal.load(folder)
-        member = Member.from_header(record.header["member"])
+        member, record = load_member(folder)
         confirmed: dict[int, Path | None] = {**confirmations(folder)}
         for multiplier, path in (confirmed or {1: None}).items():
             runs = journal.load(path) if path else None
             space = called(member.space.name, multiplier)
             served = runs.header["confirm"]["densities"] if runs else [member.density]
             made += [
-                Source(space, folder, member, record, runs, scheduling, density, len(served),
+                Source(space, folder, member, record, runs, stopping, density, len(served),
                        multiplier)
                 for density in served
             ]  # fmt: skip

@@ -17,15 +17,23 @@ from sparsetune.comparison import intervals
 from sparsetune.comparison.cells import Source, sources
 from sparsetune.comparison.fairness import rules
 from sparsetune.comparison.values import Cell, Comparison, Level, Line, Pair, Rule, told_apart
+from sparsetune.space.words import storage_folder
 
 Match = Literal["density", "flops"]
 ENOUGH = 6  # seeds for a test: at 5 the smallest p of a sign test is 0.06
 NEAR = 0.1  # FLOPs so close, relatively, count as equal (`--match flops`)
 
 
-def compare(storage: Path, names: list[str], match: Match = "density") -> Comparison:
-    """The members of these sweeps beside each other. ValueError for a name that does not exist."""
-    named = [source for name in names for source in sources(storage, name)]
+def compare(*names: str, match: Match = "density", storage: str | Path | None = None) -> Comparison:
+    """The members of these sweeps beside each other, as `sparsetune compare` prints them.
+
+    `storage`: where the sweeps are, as on the command line. ValueError for a name that does not
+    exist, or stands there twice.
+    """
+    folder = storage_folder(storage)
+    if not names:
+        raise ValueError("name: give one or more sweeps, or SWEEP/MEMBER")
+    named = [source for name in names for source in sources(folder, name)]
     named.sort(key=lambda source: (source.density is None, source.density or 0.0))
     spaces = told_apart([(s.member.name.partition("/")[0], s.space) for s in named])
     compared = [replace(s, space=space) for s, space in zip(named, spaces, strict=True)]
@@ -39,7 +47,7 @@ def compare(storage: Path, names: list[str], match: Match = "density") -> Compar
         for level, at in levels.items()
     }
     return Comparison(
-        names=names,
+        names=[*names],
         match=match,
         seeds=sorted(
             {seed for cell in cells.values() if cell.chosen for seed in cell.chosen.seeds}

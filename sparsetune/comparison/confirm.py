@@ -17,7 +17,7 @@ import functools
 import itertools
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,18 +41,18 @@ from sparsetune.comparison.winners import (
     winners,
 )
 from sparsetune.machine import versions
-from sparsetune.search.study import StartPoint
 from sparsetune.space import config
 from sparsetune.space.member import Member, Scheduling
+from sparsetune.space.space import Point
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal, Record, Trial
 from sparsetune.store.layout import resume_command, trial_folder
 from sparsetune.store.paths import CheckpointLost, insist
-from sparsetune.sweeps.create import Extension, Writable, note_driver, opened, search_member
+from sparsetune.sweeps.create import Extension, Writable, note_driver, opened
 from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.recording import Recording, wandb_folder
 from sparsetune.sweeps.run import tune
-from sparsetune.sweeps.status import is_done
+from sparsetune.sweeps.status import counted, is_done
 from sparsetune.training import checkpoint, data, trainer
 from sparsetune.training.setup import setup_of
 
@@ -144,7 +144,9 @@ def _planned(search: Writable, asked: Asked) -> dict[str, Any]:
     }
 
 
-def _begin(search: Writable, plan: dict[str, Any], asked: Asked, stack: ExitStack) -> Confirmation:
+def _begin(
+    search: Writable, plan: dict[str, Any], asked: Asked, words: list[str], stack: ExitStack
+) -> Confirmation:
     """Opens the member's confirmation, or creates it."""
     folder = folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
@@ -152,7 +154,7 @@ def _begin(search: Writable, plan: dict[str, Any], asked: Asked, stack: ExitStac
     else:
         kept = ("sweep_id", "order", "members", "data", "network", "code", "member")
         header = {key: value for key, value in search.journal.record.header.items() if key in kept}
-        header |= {"command": "confirm", "argv": sys.argv[1:], "trials": 0}
+        header |= {"command": "confirm", "argv": ["confirm", *words], "trials": 0}
         writer = Journal.create(folder, header | {"versions": versions(), "confirm": plan})
     stack.callback(writer.close)
     writer.guard = search.journal.guard
@@ -210,11 +212,11 @@ def _runs_member(member: Member, multiplier: int) -> Member:
     return dataclasses.replace(member, name=name, settings=settings)
 
 
-def _wanted(confirmation: Confirmation) -> list[StartPoint]:
+def _wanted(confirmation: Confirmation) -> list[Point]:
     """The runs that are there, and after them those that are missing, as far as is known yet."""
     asked, winners, full = confirmation.header, confirmation.winners, confirmation.header["full"]
     begun = [
-        StartPoint(str(role(run)), run.params, run.fixed, in_study=False)
+        Point(str(role(run)), run.params, run.fixed, in_study=False)
         for run in confirmation.record.trials.values()
     ]
     seeds = range(asked["seeds"][0], asked["seeds"][0] + confirmation.num_seeds)
@@ -235,12 +237,12 @@ def _wanted(confirmation: Confirmation) -> list[StartPoint]:
     return begun + [point for point in points if point not in begun]
 
 
-def _run(confirmation: Confirmation, purpose: Role, seed: int) -> StartPoint:
+def _run(confirmation: Confirmation, purpose: Role, seed: int) -> Point:
     trial = confirmation.search.journal.record.trials[purpose.number]
     fixed = trial.fixed | {"seed": seed, "order_seed": seed}
     if purpose.name != "rank" and confirmation.header["full"]:
         fixed["data.validation"] = 0.0
-    return StartPoint(str(purpose), trial.params, fixed, in_study=False)
+    return Point(str(purpose), trial.params, fixed, in_study=False)
 
 
 # Running it ---------------------------------------------------------------------------------------
@@ -283,12 +285,12 @@ def _tested(confirmation: Confirmation) -> list[Trial]:
 
 @contextmanager
 def begun(
-    storage: Path, name: str, asked: Asked, wanted: Extension
+    storage: Path, name: str, asked: Asked, wanted: Extension, words: Sequence[str] = ()
 ) -> Iterator[list[Confirmation]]:
     """The confirmations of a finished sweep, or of one member, ours to write until the end.
 
     `wanted`: where runs are trained, for this time alone, and whether failed ones are tried again.
-    ValueError for what cannot be confirmed, or not as is asked.
+    A new one's journals keep the `words`. ValueError for what cannot be confirmed as is asked.
     """
     with ExitStack() as stack:
         here = dataclasses.replace(wanted, retry_failed=False)
@@ -307,7 +309,7 @@ def begun(
         able = [(search, plan) for search, plan in planned if plan["candidates"]]
         if not able:
             raise ValueError(f"confirm: there is no trial of {name} that could be confirmed")
-        confirmations = [_begin(search, plan, asked, stack) for search, plan in able]
+        confirmations = [_begin(search, plan, asked, [*words], stack) for search, plan in able]
         for confirmation in confirmations if wanted.retry_failed else ():
             _retry(confirmation)
         yield confirmations
@@ -337,11 +339,9 @@ def _retry(confirmation: Confirmation) -> None:
             confirmation.runs.journal.append({"type": "retry", "number": run.number})
 
 
-def run(confirmations: list[Confirmation]) -> int:
-    """Trains the runs that are missing and reads what is to be tested.
-
-    Exit status: 0 done, 1 runs failed, 130 interrupted. ClusterError as in `sweep.run`.
-    """
+def run(confirmations: list[Confirmation]) -> dict[str, Any]:
+    """Trains the runs that are missing, reads what is to be tested; prints and returns what came
+    of it. ClusterError as in `sweeps.run`."""
     first = confirmations[0].search
     folder = first.folder.parent
     check_cluster(first.member.settings.ray, folder)
@@ -353,13 +353,8 @@ def run(confirmations: list[Confirmation]) -> int:
             confirmation.runs.journal.trouble = watch.trouble
         # First the rankings, then the winners, whom nobody knows before.
         while watch.leaving_since is None and (due := [c for c in confirmations if _extend(c)]):
-            searches = []
-            for confirmation in due:
-                points = _wanted(confirmation)
-                searched = search_member(confirmation.runs, NO_STOPPING)
-                searched = dataclasses.replace(searched, start_points=points, samples=False)
-                searches.append(searched)
-            tune([confirmation.runs for confirmation in due], searches, NO_STOPPING, watch)
+            wanted = [_wanted(confirmation) for confirmation in due]
+            tune([confirmation.runs for confirmation in due], NO_STOPPING, watch, wanted)
         for confirmation in confirmations if watch.leaving_since is None else ():
             read_tests(confirmation, watch)
     recording.send(last=True)
@@ -413,25 +408,30 @@ def read_tests(confirmation: Confirmation, watch: Watch) -> None:
         watch.tick()
 
 
-def _close(folder: Path, confirmations: list[Confirmation], upload: str | None, left: bool) -> int:
-    failed = False
+def _close(
+    folder: Path, confirmations: list[Confirmation], upload: str | None, left: bool
+) -> dict[str, Any]:
+    members: list[dict[str, Any]] = []
     for confirmation in confirmations:
-        name, tested = confirmation.search.member.name, _tested(confirmation)
+        name, tested = confirmation.search.name, _tested(confirmation)
+        accuracies = {}
         for number in sorted(number for number in confirmation.winners if number is not None):
             tests = [t.test["test/accuracy"] for t in tested if t.test and role(t).number == number]
             if tests:
+                accuracies[number] = tests
                 mean = statistics.fmean(tests)
                 print(f"{name}: trial {number}, test accuracy {mean:.2%} over {len(tests)} seeds")
         for run in confirmation.record.trials.values():
             if run.status == "failed":
-                failed = True
-                print(f"failed: {confirmation.runs.member.name} trial {run.number}: {run.error}")
+                print(f"failed: {confirmation.runs.name} trial {run.number}: {run.error}")
+        trials = counted(confirmation.record)
+        members.append({"name": name, "trials": trials, "test/accuracy": accuracies})
     if upload:
         print(f"W&B records are offline; upload them by: {upload}")
     if left:
         print(f"Interrupted. Go on by: {command(confirmations)}")
-        return 130
-    if failed:
+        return {"name": folder.name, "state": "interrupted", "members": members}
+    if any(member["trials"]["failed"] for member in members):
         print(f"Try failed runs again by: {command(confirmations)} --retry-failed")
     print(f"Compare by: {resume_command(folder, 'compare')}")
-    return 1 if failed else 0
+    return {"name": folder.name, "state": "finished", "members": members}

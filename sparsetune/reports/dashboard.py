@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sparsetune.search.study import SearchMember, frozen
-from sparsetune.space.member import Member
+from sparsetune.search.study import frozen
+from sparsetune.space.member import Member, load_member
 from sparsetune.store import journal
-from sparsetune.store.journal import Journal, Trial
+from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
 
 HOST = "127.0.0.1"
@@ -40,7 +39,7 @@ class Copy:
 
     def __init__(self, folder: Path, storage: optuna.storages.InMemoryStorage) -> None:
         self._folder, self._storage = folder, storage
-        member = Member.from_header(journal.load(folder).header["member"])
+        member, _ = load_member(folder)
         study = optuna.create_study(
             storage=storage, study_name=member.name, directions=member.directions
         )
@@ -54,14 +53,11 @@ class Copy:
 
     def update(self) -> None:
         """Makes the copy what the journal is by now."""
-        record = journal.load(self._folder)
-        member = Member.from_header(record.header["member"])
-        reading = cast(Journal, SimpleNamespace(record=record))
-        searched = member.search_member(reading)
+        member, record = load_member(self._folder)
         for trial in record.trials.values():
             if self._ended.get(trial.number) == len(trial.failures):
                 continue
-            now = _described(searched, trial)
+            now = _described(member, record, trial)
             if trial.number in self._open:
                 self._push(self._open[trial.number], now)
             else:
@@ -81,12 +77,12 @@ class Copy:
             self._storage.set_trial_state_values(number, now.state, now.values)
 
 
-def _described(searched: SearchMember, trial: Trial) -> FrozenTrial:
+def _described(member: Member, record: journal.Record, trial: Trial) -> FrozenTrial:
     about = {"trial": trial.number, "origin": trial.origin, **trial.fixed}
     if not trial.in_study:  # its parameters are none of the study's
         about |= trial.params
         trial = dataclasses.replace(trial, params={})
-    now = frozen(searched, trial)
+    now = frozen(member, record, trial)
     now.user_attrs = about
     now.datetime_start = datetime.fromtimestamp(trial.suggested)
     if trial.ended is not None and now.state != TrialState.RUNNING:

@@ -15,7 +15,7 @@ import torch
 
 from sparsetune.machine import versions
 from sparsetune.settings import to_dict
-from sparsetune.space.member import Member
+from sparsetune.space.member import Member, load_member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders, trial_folder
@@ -42,8 +42,7 @@ def export(storage: Path, name: str, which: str, file: Path) -> tuple[Member, Ex
     if len(folders) > 1:
         members = ", ".join(f"{name}/{folder.name}" for folder in folders)
         raise ValueError(f"name: '{name}' has {len(folders)} members; give one of {members}")
-    record = journal.load(folders[0])
-    member = Member.from_header(record.header["member"])
+    member, record = load_member(folders[0])
     trial = _chosen(member, record, which)
     exported = _exported(member, record, trial, trial_folder(folders[0], trial.number))
     try:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sparsetune.comparison.winners import confirmations, role
 from sparsetune.settings import to_dict
 from sparsetune.space import config
-from sparsetune.space.member import Member
+from sparsetune.space.member import Member, load_member
+from sparsetune.space.words import storage_folder
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
@@ -46,8 +47,7 @@ def load(name: str, storage: str | Path | None = None) -> pd.DataFrame:
     """
     import pandas as pd
 
-    settings = config.build({} if storage is None else {"storage": str(storage)})
-    folders = member_folders(config.storage_folder(settings.storage), name)
+    folders = member_folders(storage_folder(storage), name)
     parts = [part for folder in folders for part in _parts(folder)]
     asked = {key for _, _, member in parts for key in member.space.fixed}
     trials = [trial for _, record, _ in parts for trial in record.trials.values()]
@@ -67,9 +67,8 @@ def load(name: str, storage: str | Path | None = None) -> pd.DataFrame:
 def _parts(folder: Path) -> Iterator[Part]:
     """The member's search, then its confirmations."""
     for path in [folder, *confirmations(folder).values()]:
-        record = journal.load(path)
-        kind = "search" if path == folder else path.name
-        yield kind, record, Member.from_header(record.header["member"])
+        member, record = load_member(path)
+        yield "search" if path == folder else path.name, record, member
 
 
 def _rows(kind: str, record: journal.Record, member: Member, keys: list[str]) -> Iterator[Row]:

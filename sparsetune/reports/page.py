@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from sparsetune.comparison.compare import Match, compare
 from sparsetune.comparison.values import Comparison
 from sparsetune.reports import search_figures, tables
 from sparsetune.reports.figures import Figure, Results, sparsity
 from sparsetune.reports.search_figures import Search, short
 from sparsetune.reports.svg import style
 from sparsetune.reports.tables import Column, Table, best_first, percent
+from sparsetune.space.words import storage_folder
 from sparsetune.terminal import settings_shown, shown
 
 OURS = '<meta name="generator" content="sparsetune report">'
@@ -33,6 +35,22 @@ class Part(NamedTuple):
     notes: Sequence[str] = ()
     css: str = ""
     lead: str = ""
+
+
+def report(
+    *names: str,
+    html: str | Path | None = None,
+    match: Match = "density",
+    storage: str | Path | None = None,
+) -> Path:
+    """Writes a comparison as a page of its own, as `sparsetune report` does; where it is.
+
+    `html`: the file, NAME.html by default. ValueError for one that is there and is no page of ours.
+    """
+    comparison = compare(*names, match=match, storage=storage)
+    file = Path(html or f"{'-'.join(names).replace('/', '-')}.html")
+    write(file, comparison, storage_folder(storage))
+    return file.resolve()
 
 
 def write(file: Path, comparison: Comparison, storage: Path) -> None:

@@ -18,7 +18,7 @@ import optuna
 from sparsetune.comparison.values import Comparison, told_apart
 from sparsetune.reports.figures import SMALL, Figure, as_percent, look_of, titled, window
 from sparsetune.reports.svg import CROSS, Axis, Chart, Look, bars, parallel
-from sparsetune.space.member import Member
+from sparsetune.space.member import Member, load_member
 from sparsetune.space.space import Dimension
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
@@ -51,12 +51,11 @@ class Search:
 
 def load(comparison: Comparison, storage: Path) -> list[Search]:
     folders = [path for name in comparison.names for path in member_folders(storage, name)]
-    records = [journal.load(folder) for folder in folders]
-    members = [Member.from_header(record.header["member"]) for record in records]
-    names = told_apart([(m.name.partition("/")[0], m.space.name) for m in members])
+    loaded = [load_member(folder) for folder in folders]
+    names = told_apart([(m.name.partition("/")[0], m.space.name) for m, _ in loaded])
     return [
         Search(member, record, look_of(comparison, name, member.space.name))
-        for member, record, name in zip(members, records, names, strict=True)
+        for (member, record), name in zip(loaded, names, strict=True)
     ]
 
 

@@ -7,16 +7,15 @@ is decided in `study.py`; here only whose turn it is.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.tune import Callback
 from ray.tune.search import Searcher
 
-from sparsetune.search.study import MemberStudy, SearchMember, StartPoint
-
-__all__ = ["JournalSearcher", "MemberStudy", "Reraise", "SearchMember", "StartPoint"]
+from sparsetune.search.study import MemberStudy
 
 SYNC_SECONDS = 1.0  # how late reports may reach the disk
 # What Ray itself reads of a result, and we of a last result that Ray repeats.
@@ -29,26 +28,25 @@ class JournalSearcher(Searcher):
 
     def __init__(
         self,
-        members: list[SearchMember],
-        seed: int,
+        studies: list[MemberStudy],
         engines: dict[str, int],
         concurrency: int = 0,
         release: Callable[[str, str, int], None] = lambda engine, member, number: None,
         follow: Callable[[], None] = lambda: None,
-        failures: int = 3,
+        decisions: Sequence[int] = (),
     ) -> None:
         """`engines`: names and places, which may change. `concurrency` is how many trials, of all
         members together, may be under way (0: as many as there are places). `release` (engine,
         member, number) is called when Ray is done with an attempt at a trial, `follow` whenever
-        Ray asks for a trial, also while it calls nothing else: to change the engines. `failures`:
-        a trial that Ray gave up so often has failed."""
+        Ray asks for a trial, also while it calls nothing else: to change the engines. `decisions`:
+        epochs after which a trial may be stopped."""
         super().__init__()
-        self.searches = {member.name: MemberStudy(member, seed) for member in members}
+        self.searches = {study.member.name: study for study in studies}
         self.error: BaseException | None = None
         self._concurrency = concurrency
         self._engines = engines
         self._release, self._follow = release, follow
-        self._allowed = failures
+        self._decisions = list(decisions)
         self._draining = False
         self._open: list[tuple[str, int]] | None = None
         # Ray's id of an attempt -> our trial, and the engine that it is in
@@ -102,7 +100,7 @@ class JournalSearcher(Searcher):
         if search.record.trials[number].status != "running":
             return
         self._lost[name, number] += error
-        if moved or (error and self._lost[name, number] < self._allowed):
+        if moved or (error and self._lost[name, number] < search.member.settings.failures):
             assert self._open is not None
             self._open.append((name, number))
         elif error:
@@ -137,7 +135,7 @@ class JournalSearcher(Searcher):
         config = search.config(trial)
         taken = [engine for _, _, engine in self._live.values()]
         engine = min(self._engines, key=taken.count)
-        config["trial"]["engine"] = engine
+        config["trial"] |= {"engine": engine, "decisions": self._decisions}
         self._live[trial_id] = (search.member.name, trial.number, engine)
         return config
 
@@ -147,9 +145,9 @@ class JournalSearcher(Searcher):
         that stands. A sampler that hears of no trial before a quarter of them have begun is blind,
         so the next group begins when members have that many under way."""
         busy = Counter(name for name, _, _ in self._live.values())
-        able = [s for s in wanting if busy[s.member.name] < -(-s.record.asked // 4)] or wanting
-        groups = list(dict.fromkeys(search.member.group for search in self.searches.values()))
-        return min(able, key=lambda s: (groups.index(s.member.group), len(s.record.trials)))
+        able = [s for s in wanting if busy[s.member.name] < math.ceil(s.record.asked / 4)]
+        groups = list(dict.fromkeys(search.group for search in self.searches.values()))
+        return min(able or wanting, key=lambda s: (groups.index(s.group), len(s.record.trials)))
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -207,7 +205,7 @@ class Reraise(Callback):
         if self._searcher.error is not None:
             raise self._searcher.error
         for search in self._searcher.searches.values():
-            search.member.journal.sync(older_than=SYNC_SECONDS)
+            search.journal.sync(older_than=SYNC_SECONDS)
         self._tick()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,15 +14,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.trial import TrialState
 
+from sparsetune.search.sampler import make_sampler
+from sparsetune.settings import to_dict
+from sparsetune.space.member import Member
+from sparsetune.space.space import Point
 from sparsetune.store.journal import Journal, Record, Trial
+from sparsetune.store.layout import trial_folder
 
 STATES = {
     "running": TrialState.RUNNING,
@@ -31,61 +34,26 @@ STATES = {
     "diverged": TrialState.FAIL,
     "failed": TrialState.FAIL,
 }
-ASKS = 5  # how often a sampler may repeat earlier suggestions before chance is asked instead,
-CHANCES = 10  # and how often chance may, before a repetition is accepted: there is nothing left
-
-
-class NSGAII(optuna.samplers.NSGAIISampler):
-    """NSGA-II whose parents come in number order.
-
-    Optuna's come in the order of selection when they have just been selected and in number order
-    when they are remembered, so its children depend on whether the study was rebuilt in between.
-    """
-
-    def get_parent_population(
-        self, study: optuna.Study, generation: int
-    ) -> list[optuna.trial.FrozenTrial]:
-        return sorted(super().get_parent_population(study, generation), key=lambda t: t.number)
-
-
-@dataclass
-class StartPoint:
-    """A setting that is tried before Optuna's. Out of the study where it does not fit the space."""
-
-    name: str
-    params: dict[str, Any]  # searched keys
-    fixed: dict[str, Any] = field(default_factory=dict)  # other keys, for this trial alone
-    in_study: bool = True
-
-
-@dataclass
-class SearchMember:
-    """One member of a sweep: a journal, and what is searched in it."""
-
-    name: str  # "mnist/set@0.05"
-    journal: Journal
-    # Suggests every searched key on the Optuna trial and returns them, dotted key -> value.
-    ask: Callable[[optuna.trial.BaseTrial], dict[str, Any]]
-    start_points: list[StartPoint]  # trials 0, 1, ...
-    make_sampler: Callable[[int], optuna.samplers.BaseSampler]  # seed -> a fresh sampler
-    # (params, fixed, number) -> the nested configuration that the trainable gets.
-    configure: Callable[[dict[str, Any], dict[str, Any], int], dict[str, Any]]
-    objectives: list[str]  # metrics of the last epoch
-    directions: list[Literal["maximize", "minimize"]]
-    constraint: Callable[[dict[str, float]], float] | None = None  # above 0: infeasible
-    group: str = ""  # members of one group have trials that an engine trains together
-    samples: bool = True  # False: there are no trials but the start points
-
-    @property
-    def record(self) -> Record:
-        return self.journal.record
+ASKS = 5  # suggestions of a sampler that may all be repetitions; then chance is asked instead
+CHANCES = 10  # draws that may all be repetitions; then one is accepted, as nothing else is left
 
 
 class MemberStudy:
     """A member's study. Its methods are the only ones that write trials into its journal."""
 
-    def __init__(self, member: SearchMember, seed: int) -> None:
-        self.member = member
+    def __init__(
+        self,
+        member: Member,
+        journal: Journal,
+        seed: int,
+        runs: list[Point] | None = None,
+        group: str = "",
+    ) -> None:
+        """`runs`: all the trials that there are to be (None: the space's start points, and then
+        what the sampler suggests). Members of one `group` have trials that share a pool."""
+        self.member, self.journal, self.group = member, journal, group
+        self._points = member.space.points() if runs is None else runs
+        self._samples = runs is None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(directions=member.directions)
         self._seed = seed
@@ -93,37 +61,43 @@ class MemberStudy:
         self._seed_name = member.name.rpartition("/")[2]
         self._asked: dict[int, optuna.trial.Trial] = {}  # running trials, by our number
         self._seen: set[str] = set()
-        for trial in member.record.trials.values():
+        for trial in self.record.trials.values():
             self._seen.add(_key(trial.params))
             if not trial.in_study:
                 continue
             if trial.status == "running":
                 self._asked[trial.number] = self._again(trial)
             else:
-                self.study.add_trial(frozen(self.member, trial))
+                self.study.add_trial(frozen(member, self.record, trial))
 
     @property
     def record(self) -> Record:
-        return self.member.record
+        return self.journal.record
 
     @property
     def wants_more(self) -> bool:
         """Are there trials to begin?"""
-        num, points = len(self.record.trials), len(self.member.start_points)
-        return num < self.record.asked and (self.member.samples or num < points)
+        num = len(self.record.trials)
+        return num < self.record.asked and (self._samples or num < len(self._points))
 
     def config(self, trial: Trial) -> dict[str, Any]:
-        """What the trainable gets."""
-        config = self.member.configure(trial.params, trial.fixed, trial.number)
-        about = config.get("trial", {}) | {"member": self.member.name, "number": trial.number}
-        return {**config, "trial": about}
+        """What the trainable gets: the trial's settings, and who it is and where it lives."""
+        settings = self.member.settings
+        about = {
+            "member": self.member.name,
+            "number": trial.number,
+            "folder": str(trial_folder(self.journal.path.parent, trial.number)),
+            "save_every": settings.checkpoint.every,
+            "generation": self.record.generation,
+            "failures": settings.failures,
+        }
+        return to_dict(self.member.trial_settings(trial.params, trial.fixed)) | {"trial": about}
 
     def suggest(self) -> Trial:
         """The next new trial, which is in the journal when this returns."""
         number = len(self.record.trials)
-        points = self.member.start_points
-        if number < len(points):
-            point = points[number]
+        if number < len(self._points):
+            point = self._points[number]
             origin, fixed, in_study = f"start:{point.name}", point.fixed, point.in_study
             asked = self._enqueued(point.params, number) if in_study else None
             params = point.params
@@ -141,14 +115,14 @@ class MemberStudy:
             "in_study": in_study,
         }
         attrs = {} if asked is None else self._notes(asked)
-        self.member.journal.append(event | ({"attrs": attrs} if attrs else {}))
+        self.journal.append(event | ({"attrs": attrs} if attrs else {}))
         if asked is not None:
             self._asked[number] = asked
         self._seen.add(_key(params))
         return self.record.trials[number]
 
     def report(self, number: int, epoch: int, metrics: dict[str, float], decision: str) -> None:
-        self.member.journal.append(
+        self.journal.append(
             {
                 "type": "report",
                 "number": number,
@@ -169,7 +143,7 @@ class MemberStudy:
             "status": status,
             "attempt": attempt,
         }
-        self.member.journal.append(event | ({"error": error} if error is not None else {}))
+        self.journal.append(event | ({"error": error} if error is not None else {}))
         asked = self._asked.pop(number, None)
         if asked is not None:
             trial = self.record.trials[number]
@@ -222,14 +196,14 @@ class MemberStudy:
             state=TrialState.WAITING, system_attrs={"fixed_params": trial.params, **trial.attrs}
         )
         self.study.add_trial(waiting)
-        asked = self.study.ask(fixed_distributions=_distributions(self.member, trial))
+        asked = self.study.ask(fixed_distributions=_distributions(self.member, self.record, trial))
         if len(self.member.objectives) == 1:
             for epoch, metrics, _ in trial.reports:
                 asked.report(metrics.get(self.member.objectives[0], math.nan), step=epoch)
         return asked
 
     def _ask(self, asked: optuna.trial.Trial) -> None:
-        params = self.member.ask(asked)
+        params = self.member.space.suggest(asked)
         # The study is rebuilt from what is journalled, so that must be what Optuna holds.
         assert params == asked.params, f"{self.member.name}: {params} is not {asked.params}"
 
@@ -238,10 +212,10 @@ class MemberStudy:
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
         if attempt >= ASKS:
             return optuna.samplers.RandomSampler(seed)
-        return self.member.make_sampler(seed)
+        return make_sampler(self.member.settings.sampler, seed)
 
 
-def frozen(member: SearchMember, trial: Trial) -> optuna.trial.FrozenTrial:
+def frozen(member: Member, record: Record, trial: Trial) -> optuna.trial.FrozenTrial:
     """The trial as Optuna would hold it had it been there from the start."""
     intermediate: dict[int, float] = {}
     if len(member.objectives) == 1:
@@ -254,34 +228,32 @@ def frozen(member: SearchMember, trial: Trial) -> optuna.trial.FrozenTrial:
         state=STATES[trial.status],
         values=values,
         params=trial.params,
-        distributions=_distributions(member, trial),
+        distributions=_distributions(member, record, trial),
         system_attrs=dict(trial.attrs),
         intermediate_values=intermediate,
         constraints=_constraints(member, trial),
     )
 
 
-def _distributions(member: SearchMember, trial: Trial) -> dict[str, BaseDistribution]:
+def _distributions(member: Member, record: Record, trial: Trial) -> dict[str, BaseDistribution]:
     """As they were when it was suggested, or as wide as they are now: TPE would leave a key
     whose ranges differ out of what it searches jointly."""
-    if not member.record.widened or not trial.in_study:
+    if not record.widened or not trial.in_study:
         return _from_json(trial.distributions)
-    known = optuna.trial.FixedTrial(trial.params)
-    member.ask(known)
-    return known.distributions
+    return member.space.distributions(trial.params)
 
 
-def _values(member: SearchMember, trial: Trial) -> list[float] | None:
+def _values(member: Member, trial: Trial) -> list[float] | None:
     if trial.status != "finished":
         return None
     return [trial.reports[-1].metrics[name] for name in member.objectives]
 
 
-def _constraints(member: SearchMember, trial: Trial) -> dict[str, float]:
+def _constraints(member: Member, trial: Trial) -> dict[str, float]:
     """Where Optuna 5 reads feasibility (its `constraints_func` argument is deprecated)."""
-    if member.constraint is None or trial.status not in ("finished", "stopped"):
+    if not member.settings.constraint or trial.status not in ("finished", "stopped"):
         return {}
-    violation = float(member.constraint(trial.reports[-1].metrics))
+    violation = member.constraint(trial.reports[-1].metrics)
     return {"constraint": math.inf if math.isnan(violation) else violation}
 
 
@@ -290,7 +262,7 @@ def _key(params: dict[str, Any]) -> str:
 
 
 def _to_json(distributions: dict[str, BaseDistribution]) -> dict[str, str]:
-    return {name: distribution_to_json(each) for name, each in distributions.items()}
+    return {name: distribution_to_json(kind) for name, kind in distributions.items()}
 
 
 def _from_json(distributions: dict[str, str]) -> dict[str, BaseDistribution]:

@@ -1,29 +1,25 @@
-"""Members of a sweep: one search space at one density, resolved from a command line.
+"""Members of a sweep: one search space at one density, and what all of them share.
 
-The rule to know: `resolve` finds everything a user got wrong, with the data at hand and the network
-on the meta device, and writes nothing. What a member is fits into its journal's header, so a sweep
-goes on without the yaml files it began with. Over 350 lines: a third of them are the checks and
-their sentences, which belong beside what they check.
+The rule to know: a member is a value, and fits into its journal's header. So a sweep goes on
+without the yaml files it began with (`resolve.py` makes members from a command line).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import optuna
-
 from sparsetune.methods import Method, find
-from sparsetune.search.study import NSGAII, SearchMember, StartPoint
 from sparsetune.settings import DIRECTIONS, SweepSettings, TrialSettings, to_dict
 from sparsetune.space import config
 from sparsetune.space.space import Space
 from sparsetune.space.traits import Traits, traits_of
-from sparsetune.store.journal import Journal
+from sparsetune.store import journal
+from sparsetune.store.journal import Record
 
 DENSITY_BOUND = "constraint.density/all"
 
@@ -54,26 +50,6 @@ class Member:
     def directions(self) -> list[Literal["maximize", "minimize"]]:
         return [DIRECTIONS[name] for name in self.objectives]
 
-    @property
-    def start_points(self) -> list[StartPoint]:
-        return [StartPoint(*point) for point in self.space.points()]
-
-    def ask(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
-        return self.space.suggest(trial)
-
-    def make_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
-        """A fresh sampler. None gets a constraints_func: `MemberStudy` sets constraints itself."""
-        name, startup = self.settings.sampler.name, self.settings.sampler.startup
-        if name == "random":
-            return optuna.samplers.RandomSampler(seed)
-        if name == "gp":
-            return optuna.samplers.GPSampler(
-                seed=seed, n_startup_trials=startup, warn_independent_sampling=False
-            )
-        if name == "nsga2":
-            return NSGAII(seed=seed)
-        return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, constant_liar=True)
-
     def trial_settings(self, params: Mapping[str, Any], fixed: Mapping[str, Any]) -> TrialSettings:
         """A trial's settings: the member's, with what is searched and what the trial fixes.
 
@@ -83,31 +59,12 @@ class Member:
         base = TrialSettings(**{name: getattr(self.settings, name) for name in names})
         return config.replaced(base, {**params, **fixed})
 
-    def configure(
-        self, params: Mapping[str, Any], fixed: Mapping[str, Any], number: int
-    ) -> dict[str, Any]:
-        return to_dict(self.trial_settings(params, fixed))
-
     def constraint(self, metrics: Mapping[str, float]) -> float:
         """How far the bounds are passed, in sum; 0 without any, NaN where a metric is missing."""
         over = [
             metrics.get(name, math.nan) - bound for name, bound in self.settings.constraint.items()
         ]
-        return sum((0.0 if each <= 0 else each for each in over), 0.0)
-
-    def search_member(self, journal: Journal) -> SearchMember:
-        """What the searcher needs to know of this member."""
-        return SearchMember(
-            name=self.name,
-            journal=journal,
-            ask=self.ask,
-            start_points=self.start_points,
-            make_sampler=self.make_sampler,
-            configure=self.configure,
-            objectives=self.objectives,
-            directions=self.directions,
-            constraint=self.constraint if self.settings.constraint else None,
-        )
+        return sum((0.0 if excess <= 0 else excess for excess in over), 0.0)
 
     def run_name(self, params: Mapping[str, Any], number: int) -> str:
         """Readable, such as set-d0.05-zeta0.31-s0; not unique, which W&B does not ask for.
@@ -140,6 +97,12 @@ class Member:
         return cls(header["member"], space, settings, header["density"], said)
 
 
+def load_member(folder: Path) -> tuple[Member, Record]:
+    """The member whose journal lies in `folder`, and what has come of it."""
+    record = journal.load(folder)
+    return Member.from_header(record.header["member"]), record
+
+
 class Scheduling(NamedTuple):
     name: str  # asha | none
     grace: int  # epochs
@@ -168,34 +131,30 @@ class Sweep:
         """Of the first member: all that is no matter of one member is the same in each."""
         return self.members[0].settings
 
-    @property
-    def scheduling(self) -> Scheduling:
-        """Early stopping, the same for all members, or the comparison would not be fair."""
-        chosen = self.settings.scheduler
-        name, reason = chosen.name, f"scheduler.name={chosen.name} was asked for"
-        if name == "auto":
-            why = self._against_asha()
-            name = "none" if why else "asha"
-            reason = f"none, because {why}" if why else "ASHA, the default"
-        grace = chosen.grace or config.quarter_of(self.settings.epochs)
-        return Scheduling(name, grace, chosen.reduction, reason)
 
-    def _against_asha(self) -> str:
-        for member in self.members:
-            if member.traits.begins == "dense":
-                return (
-                    f"{member.space.name} begins dense, and early accuracy would favour the trials "
-                    "that are slow to become sparse"
-                )
-        for member in self.members:
-            if member.settings.constraint:
-                return f"{member.name} has a constraint, which early epochs cannot judge"
-        if len(config.objectives(self.settings)) > 1:
-            return "several objectives have no single order"
-        return ""
+def scheduling(members: Sequence[Member]) -> Scheduling:
+    """Early stopping, the same for all members of a sweep, or the comparison would not be fair."""
+    settings = members[0].settings
+    chosen = settings.scheduler
+    name, reason = chosen.name, f"scheduler.name={chosen.name} was asked for"
+    if name == "auto":
+        why = _against_asha(members)
+        name = "none" if why else "asha"
+        reason = f"none, because {why}" if why else "ASHA, the default"
+    grace = chosen.grace or config.quarter_of(settings.epochs)
+    return Scheduling(name, grace, chosen.reduction, reason)
 
 
-# From words to a sweep ----------------------------------------------------------------------------
-
-
-# Checks -------------------------------------------------------------------------------------------
+def _against_asha(members: Sequence[Member]) -> str:
+    for member in members:
+        if member.traits.begins == "dense":
+            return (
+                f"{member.space.name} begins dense, and early accuracy would favour the trials "
+                "that are slow to become sparse"
+            )
+    for member in members:
+        if member.settings.constraint:
+            return f"{member.name} has a constraint, which early epochs cannot judge"
+    if len(members[0].objectives) > 1:
+        return "several objectives have no single order"
+    return ""

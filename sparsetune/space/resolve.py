@@ -38,12 +38,8 @@ from sparsetune.training.trainer import begin
 Command = Literal["train", "sweep"]
 
 
-def resolve(
-    space_specs: list[str], words: list[str], command: Command, exists: bool = False
-) -> Sweep:
-    """The sweep that a command line asks for. ValueError, one clear message, for what is wrong.
-
-    `exists`: it has begun, and its command line is read once more."""
+def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep:
+    """The sweep that a command line asks for. ValueError, one clear message, for what is wrong."""
     given = config.parse_words(words)
     spaces = [files.load(spec) for spec in space_specs]
     _check_stems(spaces)
@@ -61,8 +57,7 @@ def resolve(
     spaces = _overridden(spaces, given, common)
     name, storage = common.get("name", ""), config.build(common).storage
     folder = config.storage_folder(storage)
-    if not exists:
-        _check_place(name, folder)
+    _check_place(name, folder)
     members = [
         each for one in spaces for each in _members(one, common, densities, command == "train")
     ]
@@ -76,10 +71,10 @@ def resolve(
     return Sweep(name, folder, members)
 
 
-def reworded(members: list[Member], words: list[str]) -> list[Member]:
-    """The members as `words` would have them: all else stays as it is, whatever the spaces' files
-    say by now."""
-    given = config.parse_words(words)
+def reworded(members: list[Member], asked: Mapping[str, Any]) -> list[Member]:
+    """The members as these keys would have them: all else stays as it is, whatever the spaces'
+    files say by now."""
+    given = dict(asked)
     densities = given.pop("density", None)
     has = list(dict.fromkeys(member.density for member in members))
     if densities is not None and densities != [each for each in has if each is not None]:

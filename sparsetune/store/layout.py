@@ -21,28 +21,28 @@ def member_folders(storage: Path, name: str) -> list[Path]:
     if name.count("/") > 1:
         raise ValueError(f"name: '{name}' is neither a sweep nor a member, such as mnist/set@0.05")
     folder = storage / name
-    found = [folder] if journal.exists(folder) else []
-    found = found or [path for path in inside(folder) if journal.exists(path)]
-    if not found:
+    members = [folder] if journal.exists(folder) else []
+    members = members or [path for path in inside(folder) if journal.exists(path)]
+    if not members:
         known = ", ".join(sweeps(storage)) or "none"
         raise ValueError(f"name: there is no sweep '{name}' in {storage}; there are: {known}")
-    headers = {path: journal.header(path) for path in found}
+    headers = {path: journal.header(path) for path in members}
     orders = {path: header["order"] for path, header in headers.items()}
-    whole_sweep = found != [folder]
+    whole_sweep = members != [folder]
     if whole_sweep and isinstance(folder, S3Path) and 0 not in orders.values():  # is written last
         raise ValueError(
             f"name: creating '{name}' in {storage} was cut short, nothing was trained; delete it, "
             "or begin under another name"
         )
-    members = next(iter(headers.values())).get("members", [])
-    for member in members if whole_sweep else ():
+    names = next(iter(headers.values())).get("members", [])
+    for member in names if whole_sweep else ():
         path = folder / member.partition("/")[2]
         if path not in headers:
             raise ValueError(
                 f"{journal.home(path)}: no journal here, and the sweep has this member; restore "
-                f"it from a copy, or name a member: {name}/{found[0].name}"
+                f"it from a copy, or name a member: {name}/{members[0].name}"
             )
-    return sorted(found, key=lambda path: (orders[path], path.name))
+    return sorted(members, key=lambda path: (orders[path], path.name))
 
 
 def inside(folder: Path) -> list[Path]:
@@ -51,8 +51,8 @@ def inside(folder: Path) -> list[Path]:
 
 def sweeps(storage: Path) -> list[str]:
     """Names of the sweeps in a storage."""
-    found = [path for path in inside(storage) if not path.name.startswith(".")]
-    return sorted(path.name for path in found if any(map(journal.exists, inside(path))))
+    folders = [path for path in inside(storage) if not path.name.startswith(".")]
+    return sorted(path.name for path in folders if any(map(journal.exists, inside(path))))
 
 
 def trial_folder(member_folder: Path, number: int) -> Path:
@@ -62,6 +62,6 @@ def trial_folder(member_folder: Path, number: int) -> Path:
 def resume_command(folder: Path, verb: str = "resume", member: str = "") -> str:
     """What to type for a sweep, or that member of it; with its storage where it is not found
     without."""
-    given = place(os.environ.get("SPARSETUNE_STORAGE", "./sweeps")).resolve()
-    words = "" if given == folder.parent.resolve() else f" storage={folder.parent}"
+    usual = place(os.environ.get("SPARSETUNE_STORAGE", "./sweeps")).resolve()
+    words = "" if usual == folder.parent.resolve() else f" storage={folder.parent}"
     return f"sparsetune {verb} {member or folder.name}{words}"

@@ -20,10 +20,11 @@ from sparsetune.cluster.watch import Watch
 from sparsetune.search.study import MemberStudy
 from sparsetune.settings import TrialSettings
 from sparsetune.space.config import trial_settings
-from sparsetune.space.member import Sweep
+from sparsetune.store.journal import Trial
 from sparsetune.store.layout import trial_folder
 from sparsetune.store.paths import StorageAway, Trouble, insist
-from sparsetune.sweeps.create import Writable, search_member
+from sparsetune.sweeps.create import Writable
+from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.status import is_done
 from sparsetune.training import checkpoint, trainer
 from sparsetune.training.setup import setup_of
@@ -65,12 +66,12 @@ def trainable(config: dict[str, Any]) -> None:
     threads = tune.get_context().get_trial_resources().required_resources.get("CPU", 1)
     torch.set_num_threads(max(1, int(threads)))
     setup = setup_of(settings, "auto")
-    given = tune.get_checkpoint()
+    saved = tune.get_checkpoint()
     records: list[Metrics] = []
-    if given is None:
+    if saved is None:
         state = trainer.begin(setup)
     else:
-        with given.as_directory() as folder:
+        with saved.as_directory() as folder:
             state, records = checkpoint.restore(setup, Path(folder))
     while state.epoch < settings.epochs and not state.diverged:
         state, metrics = trainer.train_epoch(setup, state)
@@ -80,38 +81,40 @@ def trainable(config: dict[str, Any]) -> None:
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def train_alone(one: Writable, watch: Watch) -> None:
+def train_alone(writable: Writable, watch: Watch, progress: Progress) -> None:
     """The open and new trials of a member one after another in this process, without Ray."""
-    settings, record = one.member.settings, one.journal.record
-    scheduling = Sweep("", Path(), [one.member]).scheduling
-    search = MemberStudy(search_member(one, scheduling), settings.seed)
+    member, record = writable.member, writable.record
+    study = MemberStudy(member, writable.journal, member.settings.seed)
     with watch.signals():
         while not is_done(record) and watch.leaving_since is None:
             running = [trial for trial in record.trials.values() if trial.status == "running"]
-            trial = running[0] if running else search.suggest()
-            trial_settings = one.member.trial_settings(trial.params, trial.fixed)
-            folder = trial_folder(one.folder, trial.number)
-            metrics: dict[str, float] = {}
-            records = epochs(
-                trial_settings, settings.device, folder, settings.checkpoint.every, watch.trouble
-            )
-            while watch.leaving_since is None:
-                try:
-                    if (found := next(records, None)) is None:
-                        break
-                except StorageAway:
-                    raise
-                except Exception as error:  # noqa: BLE001 - recorded as in a sweep, not as a result
-                    search.end(trial.number, "failed", error=write_error(folder, error))
-                    break
-                metrics = found
-                if metrics["epoch"] > len(trial.reports):
-                    search.report(trial.number, int(metrics["epoch"]), metrics, "CONTINUE")
-                watch.progress.epoch(one.member.name, metrics, trial_settings.epochs)
-                watch.send()
-            if trial.status == "failed":
-                continue
-            if metrics.get("diverged"):
-                search.end(trial.number, "diverged")
-            elif len(trial.reports) == trial_settings.epochs:
-                search.end(trial.number, "finished")
+            _train(writable, study, running[0] if running else study.suggest(), watch, progress)
+
+
+def _train(
+    writable: Writable, study: MemberStudy, trial: Trial, watch: Watch, progress: Progress
+) -> None:
+    """Trains one trial on, to its end or until somebody wants to leave."""
+    sweep = writable.member.settings
+    settings = writable.member.trial_settings(trial.params, trial.fixed)
+    folder = trial_folder(writable.folder, trial.number)
+    metrics: Metrics = {}
+    records = epochs(settings, sweep.device, folder, sweep.checkpoint.every, watch.trouble)
+    while watch.leaving_since is None:
+        try:
+            metrics = next(records)
+        except StopIteration:
+            break
+        except StorageAway:
+            raise
+        except Exception as error:  # noqa: BLE001 - recorded as in a sweep, not as a result
+            study.end(trial.number, "failed", error=write_error(folder, error))
+            return
+        if metrics["epoch"] > len(trial.reports):
+            study.report(trial.number, int(metrics["epoch"]), metrics, "CONTINUE")
+        progress.epoch(writable.name, metrics, settings.epochs)
+        watch.send()
+    if metrics.get("diverged"):
+        study.end(trial.number, "diverged")
+    elif len(trial.reports) == settings.epochs:
+        study.end(trial.number, "finished")

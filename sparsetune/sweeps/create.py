@@ -9,22 +9,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsetune.machine import hardware, versions
-from sparsetune.search.study import SearchMember
 from sparsetune.space import config, networks
-from sparsetune.space.member import Member, Scheduling, Sweep
+from sparsetune.space.member import Member, Sweep
 from sparsetune.space.resolve import check_machine
-from sparsetune.space.space import Space
-from sparsetune.store.journal import Journal, SweepLock, exists
-from sparsetune.store.layout import inside, member_folders, resume_command, trial_folder
+from sparsetune.store.journal import Event, Journal, Record, SweepLock, exists, home
+from sparsetune.store.layout import inside, member_folders, resume_command
 from sparsetune.store.paths import S3Path
 from sparsetune.sweeps import unchanged
 
@@ -37,15 +34,23 @@ class Writable:
     journal: Journal
 
     @property
+    def name(self) -> str:
+        return self.member.name
+
+    @property
+    def record(self) -> Record:
+        return self.journal.record
+
+    @property
     def folder(self) -> Path:
         return self.journal.path.parent
 
 
-def create(sweep: Sweep, command: str) -> Path:
-    """The folder of a new sweep with a journal per member. ValueError where the name is taken.
+@contextmanager
+def created(sweep: Sweep, command: str, words: Sequence[str]) -> Iterator[list[Writable]]:
+    """The members of a new sweep, ours to write until the end of the `with`.
 
-    The folder is made under another name and then renamed, so that a sweep is there with all its
-    members or not at all.
+    The journals keep the command and its words. ValueError where the name is taken.
     """
     folder = sweep.storage / sweep.name
     taken = (
@@ -54,18 +59,36 @@ def create(sweep: Sweep, command: str) -> Path:
     )
     if folder.exists():
         raise ValueError(taken)
+    headers = _headers(sweep, [command, *words])
+    with ExitStack() as stack:
+        if isinstance(folder, S3Path):
+            # Nothing can be renamed there: whoever holds the lock writes the first member last.
+            lock = stack.enter_context(SweepLock(folder))
+            if any(map(exists, inside(folder))):
+                raise ValueError(taken)
+            journals = _create(folder, dict(reversed(headers.items())), stack)
+        else:
+            journals = _create_at_once(folder, headers, taken, stack)
+            lock = stack.enter_context(SweepLock(folder))
+        for journal in journals.values():
+            journal.guard = lock.check
+        yield [Writable(member, journals[member_stem(member)]) for member in sweep.members]
+
+
+def _headers(sweep: Sweep, argv: list[str]) -> dict[str, Event]:
+    """The first event of each member's journal, by the folder that it is to have."""
     common = {
         "sweep_id": uuid.uuid4().hex,
-        "command": command,
-        "argv": sys.argv[1:],
+        "command": argv[0],
+        "argv": argv,
         "members": [member.name for member in sweep.members],
         "versions": versions(),
         "hardware": hardware(),
     }
-    headers = {}
     datasets = unchanged.datasets(sweep.members)
-    for order, (member, dataset) in enumerate(zip(sweep.members, datasets, strict=True)):
-        headers[member_stem(member)] = common | {
+    return {
+        member_stem(member): common
+        | {
             "order": order,
             "trials": member.settings.trials,
             "data": dataset.fingerprint,
@@ -73,35 +96,44 @@ def create(sweep: Sweep, command: str) -> Path:
             "code": unchanged.code(member),
             "member": member.to_header(),
         }
-    if isinstance(folder, S3Path):
-        # Nothing can be renamed there: whoever holds the lock writes the first member last.
-        with SweepLock(folder):
-            if any(map(exists, inside(folder))):
-                raise ValueError(taken)
-            for stem, header in reversed(headers.items()):
-                Journal.create(folder / stem, header).close()
-        return folder
-    scratch = sweep.storage / f".{sweep.name}.{uuid.uuid4().hex[:8]}"
+        for order, (member, dataset) in enumerate(zip(sweep.members, datasets, strict=True))
+    }
+
+
+def _create(folder: Path, headers: Mapping[str, Event], stack: ExitStack) -> dict[str, Journal]:
+    journals = {}
+    for stem, header in headers.items():
+        journals[stem] = Journal.create(folder / stem, header)
+        stack.callback(journals[stem].close)
+    return journals
+
+
+def _create_at_once(
+    folder: Path, headers: Mapping[str, Event], taken: str, stack: ExitStack
+) -> dict[str, Journal]:
+    """Made under another name and then renamed: the folder is there with all members or not."""
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         scratch.mkdir(parents=True)
-        for stem, header in headers.items():
-            Journal.create(scratch / stem, header).close()
+        journals = _create(scratch, headers, stack)
         scratch.rename(folder)
     except OSError as error:
         if folder.exists():
             raise ValueError(taken) from error
         raise ValueError(
-            f"storage: '{sweep.storage}' cannot be written ({error.strerror}); "
+            f"storage: '{folder.parent}' cannot be written ({error.strerror}); "
             "give storage=FOLDER or set SPARSETUNE_STORAGE"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    for stem, journal in journals.items():
+        journal.path = home(folder / stem)
+    return journals
 
 
 def undo(members: list[Writable]) -> bool:
     """Takes a new sweep away again, unless a trial has begun; is it gone?"""
-    if any(one.journal.record.trials for one in members):
+    if any(writable.record.trials for writable in members):
         return False
     folder = members[0].folder.parent
     try:
@@ -126,9 +158,8 @@ class Extension:
 
     trials: int | None = None  # of each member
     places: Mapping[str, Any] = field(default_factory=dict)  # where trials run, for this time alone
-    specs: list[str] = field(default_factory=list)  # spaces and key=value words, which should say
-    words: list[str] = field(default_factory=list)  # what the journals say
-    allow_wider: bool = False  # ranges that these only widen become those of the search
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that it should have already
+    allow_wider: bool = False  # ranges that `settings` only widen become those of the search
     retry_failed: bool = False
 
 
@@ -144,76 +175,54 @@ def opened(storage: Path, name: str, wanted: Extension | None = None) -> Iterato
         lock = stack.enter_context(SweepLock(folders[0].parent))
         journals = []
         for path in folders:
-            writer = Journal.open(path)
-            writer.guard = lock.check
-            stack.callback(writer.close)
-            journals.append(writer)
-        _extend([_placed(each, wanted.places) for each in journals], wanted)
-        yield [_placed(each, wanted.places) for each in journals]
+            journal = Journal.open(path)
+            journal.guard = lock.check
+            stack.callback(journal.close)
+            journals.append(journal)
+        _extend([_placed(journal, wanted.places) for journal in journals], wanted)
+        yield [_placed(journal, wanted.places) for journal in journals]
 
 
-def _placed(writer: Journal, places: Mapping[str, Any]) -> Writable:
-    member = Member.from_header(writer.record.header["member"])
+def _placed(journal: Journal, places: Mapping[str, Any]) -> Writable:
+    member = Member.from_header(journal.record.header["member"])
     settings = config.replaced(member.settings, places)
     check_machine(settings)
-    return Writable(dataclasses.replace(member, settings=settings), writer)
+    return Writable(dataclasses.replace(member, settings=settings), journal)
 
 
 def _extend(members: list[Writable], wanted: Extension) -> None:
     """Writes what is wanted into the journals, once nothing of it can be refused."""
-    spaces: list[Space | None] = [None] * len(members)
-    datasets = unchanged.datasets(one.member for one in members)
-    for one, dataset in zip(members, datasets, strict=True):
-        unchanged.check_unchanged(one.member, one.journal.record.header, dataset.fingerprint)
-        asked = one.journal.record.asked
+    datasets = unchanged.datasets(writable.member for writable in members)
+    for writable, dataset in zip(members, datasets, strict=True):
+        unchanged.check_unchanged(writable.member, writable.record.header, dataset.fingerprint)
+        asked = writable.record.asked
         if wanted.trials is not None and wanted.trials < asked:
             raise ValueError(
-                f"trials: {one.member.name} was asked for {asked} already; give trials={asked} or "
+                f"trials: {writable.name} was asked for {asked} already; give trials={asked} or "
                 "more"
             )
-    if wanted.specs or wanted.words:
-        then = [one.member for one in members]
-        header = members[0].journal.record.header
-        now = unchanged.asked_again(then, header, wanted.specs, wanted.words)
-        spaces = [
-            unchanged.wider(*pair, wanted.allow_wider) for pair in zip(then, now, strict=True)
-        ]
-    for one, space in zip(members, spaces, strict=True):
-        record = one.journal.record
-        event: dict[str, Any] = {"type": "extend", "trials": wanted.trials or record.asked}
+    spaces = unchanged.wider(
+        [writable.member for writable in members], wanted.settings, wanted.allow_wider
+    )
+    for writable, space in zip(members, spaces, strict=True):
+        record = writable.record
+        event: Event = {"type": "extend", "trials": wanted.trials or record.asked}
         if space is not None:
             event["member"] = record.header["member"] | {"space": space.to_dict()}
         if space is not None or event["trials"] > record.asked:
-            one.journal.append(event)
+            writable.journal.append(event)
         failed = [trial.number for trial in record.trials.values() if trial.status == "failed"]
         for number in failed if wanted.retry_failed else ():
-            one.journal.append({"type": "retry", "number": number})
-
-
-def search_member(one: Writable, scheduling: Scheduling) -> SearchMember:
-    """The member as the searcher sees it; trials are told where they live."""
-    settings = one.member.settings
-
-    def configure(params: dict[str, Any], fixed: dict[str, Any], number: int) -> dict[str, Any]:
-        about = {
-            "folder": str(trial_folder(one.folder, number)),
-            "decisions": scheduling.decisions(settings.epochs),
-            "save_every": settings.checkpoint.every,
-            "generation": one.journal.record.generation,
-            "failures": settings.failures,
-        }
-        return one.member.configure(params, fixed, number) | {"trial": about}
-
-    return dataclasses.replace(one.member.search_member(one.journal), configure=configure)
+            writable.journal.append({"type": "retry", "number": number})
 
 
 def note_driver(members: list[Writable]) -> None:
     """Writes that this process drives the sweep now."""
-    for one in members:
-        one.journal.append(
+    for writable in members:
+        writable.journal.append(
             {
                 "type": "driver",
-                "generation": one.journal.record.generation + 1,
+                "generation": writable.record.generation + 1,
                 "pid": os.getpid(),
                 "host": os.uname().nodename,
                 "versions": versions(),

@@ -9,6 +9,7 @@ import math
 import sys
 from pathlib import Path
 
+from sparsetune.settings import to_dict
 from sparsetune.space.member import Member
 from sparsetune.store.journal import Trial
 from sparsetune.store.paths import S3Path
@@ -26,29 +27,29 @@ class Recording:
         header = members[0].journal.record.header
         self.tracker = Tracker(members[0].member.settings.wandb, header["sweep_id"], folder)
         self._members = members
-        self._sent: dict[str, dict[int, int]] = {one.member.name: {} for one in members}
-        self._first_open = {one.member.name: 0 for one in members}
+        self._sent: dict[str, dict[int, int]] = {writable.name: {} for writable in members}
+        self._first_open = {writable.name: 0 for writable in members}
 
     def send(self, last: bool = False) -> None:
         """As much as W&B can take for now, and the `last` time all."""
         if self.tracker.mode == "disabled":
             return
-        for one in self._members:
-            record, sent = one.journal.record, self._sent[one.member.name]
-            start = self._first_open[one.member.name]
+        for writable in self._members:
+            record, sent = writable.record, self._sent[writable.name]
+            start = self._first_open[writable.name]
             for number in range(start, len(record.trials)):
                 if self.tracker.behind and not last:
                     return
-                self._send_trial(one, number, sent)
+                self._send_trial(writable, number, sent)
                 # Ended and sent trials at the front need not be looked at again.
-                if number == self._first_open[one.member.name] and sent.get(number) == -1:
-                    self._first_open[one.member.name] += 1
+                if number == self._first_open[writable.name] and sent.get(number) == -1:
+                    self._first_open[writable.name] += 1
 
-    def _send_trial(self, one: Writable, number: int, sent: dict[int, int]) -> None:
-        trial, name = one.journal.record.trials[number], one.member.name
+    def _send_trial(self, writable: Writable, number: int, sent: dict[int, int]) -> None:
+        trial, name = writable.record.trials[number], writable.name
         if sent.get(number) == -1:
             return
-        about = self.about(one, trial)
+        about = self.about(writable, trial)
         if about is None:
             return
         if number not in sent:
@@ -60,26 +61,26 @@ class Recording:
             self.tracker.start(
                 name,
                 number,
-                name=one.member.run_name(trial.params | trial.fixed, number),
+                name=writable.member.run_name(trial.params | trial.fixed, number),
                 group=group,
                 job_type=job_type,
-                config=one.member.configure(trial.params, trial.fixed, number)
+                config=to_dict(writable.member.trial_settings(trial.params, trial.fixed))
                 | {"member": name, "trial": number},
             )
             sent[number] = 0
         for epoch, metrics, _ in trial.reports[sent[number] :]:
             self.tracker.log(name, number, epoch, metrics)
             sent[number] = epoch
-        if trial.status != "running" and self.complete(one, trial):
-            found = summary(one.member, trial)
-            self.tracker.finish(name, number, trial.status, found, len(trial.failures))
+        if trial.status != "running" and self.complete(writable, trial):
+            best = summary(writable.member, trial)
+            self.tracker.finish(name, number, trial.status, best, len(trial.failures))
             sent[number] = -1
 
-    def about(self, one: Writable, trial: Trial) -> tuple[str, str] | None:
+    def about(self, writable: Writable, trial: Trial) -> tuple[str, str] | None:
         """(group, job type) of the trial's run; None where that is not known yet."""
-        return one.member.name.partition("/")[0], one.member.traits.name
+        return writable.name.partition("/")[0], writable.member.traits.name
 
-    def complete(self, one: Writable, trial: Trial) -> bool:
+    def complete(self, writable: Writable, trial: Trial) -> bool:
         """Has a trial that has ended all that its run is to hold?"""
         return True
 
@@ -87,22 +88,22 @@ class Recording:
 def summary(member: Member, trial: Trial) -> dict[str, float]:
     """The best value that each objective had in any epoch of the trial, and what it does on the
     test images where they were read, for reading in W&B."""
-    found = dict(trial.test or {})
+    best = dict(trial.test or {})
     for name, direction in zip(member.objectives, member.directions, strict=True):
         values = [r.metrics[name] for r in trial.reports if math.isfinite(r.metrics[name])]
         if values:
-            found[f"best/{name}"] = max(values) if direction == "maximize" else min(values)
-    return found
+            best[f"best/{name}"] = max(values) if direction == "maximize" else min(values)
+    return best
 
 
-def wandb_folder(one: Writable) -> Path:
+def wandb_folder(writable: Writable) -> Path:
     """Where W&B's own files go: beside the journals, or, as W&B writes local files alone, below the
     working directory. Whoever resumes elsewhere has all epochs back-filled from the journals; so of
     several such folders upload the last one, which is complete, or rows stand twice."""
-    if not isinstance(one.folder, S3Path):
-        return one.folder.parent
-    name = f"{one.folder.parent.name}-{one.journal.record.header['sweep_id'][:8]}"
+    if not isinstance(writable.folder, S3Path):
+        return writable.folder.parent
+    name = f"{writable.folder.parent.name}-{writable.record.header['sweep_id'][:8]}"
     folder = Path("wandb", name).absolute()
-    if one.member.settings.wandb.mode != "disabled":
+    if writable.member.settings.wandb.mode != "disabled":
         print(f"W&B's files go to {folder}.", file=sys.stderr)
     return folder

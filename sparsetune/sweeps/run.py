@@ -20,77 +20,77 @@ from sparsetune.cluster.nodes import needs, users_modules
 from sparsetune.cluster.tuner import check_cluster, tune_all
 from sparsetune.cluster.watch import Watch
 from sparsetune.engine.pool import Choice, structure
-from sparsetune.search.study import SearchMember
+from sparsetune.search.study import MemberStudy
 from sparsetune.settings import to_dict
-from sparsetune.space.member import Scheduling, Sweep
+from sparsetune.space.member import Scheduling, scheduling
 from sparsetune.space.resolve import engine_choice
+from sparsetune.space.space import Point
 from sparsetune.store.layout import resume_command
 from sparsetune.store.paths import S3Path
 from sparsetune.sweeps.alone import train_alone
-from sparsetune.sweeps.create import Writable, note_driver, search_member
+from sparsetune.sweeps.create import Writable, note_driver
 from sparsetune.sweeps.progress import Progress
 from sparsetune.sweeps.recording import Recording, wandb_folder
-from sparsetune.sweeps.status import is_done, print_result
-from sparsetune.training.data import Dataset
-from sparsetune.training.data import load as load_data
+from sparsetune.sweeps.status import is_done, print_members, sweep_status
+from sparsetune.sweeps.unchanged import datasets
 
 
-def run(members: list[Writable]) -> int:
-    """Trains what the journals lack. Exit status: 0 done, 1 trials failed, 130 interrupted.
+def run(members: list[Writable]) -> dict[str, Any]:
+    """Trains what the journals lack; prints and returns what came of it (`status.sweep_status`).
 
     ClusterError where the Ray that was asked for cannot be used.
     """
     folder = members[0].folder.parent
-    command = members[0].journal.record.header["command"]
+    command = members[0].record.header["command"]
     if command == "sweep" and not _all_done(members):
         check_cluster(members[0].member.settings.ray, folder)
     note_driver(members)
     recording = Recording(members, wandb_folder(members[0]))
-    with Progress({one.member.name: (one.member, one.journal.record) for one in members}) as bar:
-        watch = Watch(recording.send, bar)
-        for one in members:
-            one.journal.trouble = watch.trouble
+    with Progress({m.name: (m.member, m.record) for m in members}) as progress:
+        watch = Watch(recording.send, progress)
+        for writable in members:
+            writable.journal.trouble = watch.trouble
         if command == "train":
-            train_alone(members[0], watch)
+            train_alone(members[0], watch, progress)
         elif not _all_done(members):
-            scheduling = Sweep("", Path(), [one.member for one in members]).scheduling
-            tune(members, [search_member(one, scheduling) for one in members], scheduling, watch)
+            tune(members, scheduling([writable.member for writable in members]), watch)
     recording.send(last=True)
     return _close(folder, members, recording)
 
 
 def tune(
-    members: list[Writable], searches: list[SearchMember], scheduling: Scheduling, watch: Watch
+    members: list[Writable],
+    stopping: Scheduling,
+    watch: Watch,
+    runs: list[list[Point]] | None = None,
 ) -> None:
-    """Trains, under Ray, what the members' journals lack of `searches`."""
+    """Trains, under Ray, what the members' journals lack: of a search, or, for each member, of the
+    `runs` that there are to be."""
+    seed = members[0].member.settings.seed
     choices = _choices(members, None)
-    for search, one, choice in zip(searches, members, choices, strict=True):
-        search.group = structure(one.member.trial_settings({}, {}), choice.name)
 
     def slots(on_gpu: bool | None) -> int:
         return _slots(members, choices if on_gpu is None else _choices(members, on_gpu))
 
-    with _needs(members) as (needed, sent):
-        settings = members[0].member.settings
-        tune_all(searches, settings, scheduling, slots, needed, sent, watch)
+    with watch.signals(), _needs(members) as (needed, sent):
+        studies = []
+        for number, (writable, choice) in enumerate(zip(members, choices, strict=True)):
+            points = None if runs is None else runs[number]
+            group = structure(writable.member.trial_settings({}, {}), choice.name)
+            studies.append(MemberStudy(writable.member, writable.journal, seed, points, group))
+        tune_all(studies, stopping, slots, needed, sent, watch)
 
 
 def _choices(members: list[Writable], on_gpu: bool | None) -> list[Choice]:
     """Which engine each member has."""
-    datasets: dict[str, Dataset] = {}  # most sweeps have one, and reading it takes a while
-    choices = []
-    for one in members:
-        settings = one.member.settings.data
-        if repr(settings) not in datasets:
-            datasets[repr(settings)] = load_data(settings)
-        choices.append(engine_choice(one.member, datasets[repr(settings)], on_gpu))
-    return choices
+    own = [writable.member for writable in members]
+    return [engine_choice(*pair, on_gpu) for pair in zip(own, datasets(own), strict=True)]
 
 
 def _slots(members: list[Writable], choices: list[Choice]) -> int:
     """What an engine does well with; prints which engine each member has."""
     for choice in dict.fromkeys(choices):
-        names = [o.member.name for o, c in zip(members, choices, strict=True) if c == choice]
+        names = [m.name for m, other in zip(members, choices, strict=True) if other == choice]
         print(f"Engine for {', '.join(names)}: {choice.name} ({choice.reason}).", file=sys.stderr)
     return max(choice.slots for choice in choices)
 
@@ -98,21 +98,21 @@ def _slots(members: list[Writable], choices: list[Choice]) -> int:
 @contextmanager
 def _needs(members: list[Writable]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """What a cluster's nodes must have, and what Ray sends them; of this machine nothing."""
-    settings = [one.member.settings for one in members]
+    settings = [writable.member.settings for writable in members]
     if not settings[0].ray.cluster:
         yield {}, {}
         return
-    methods = sorted({each.method for each in settings})
-    named = {name for each in settings for name in (each.data.name, each.model.name)}
+    methods = sorted({own.method for own in settings})
+    named = {name for own in settings for name in (own.data.name, own.model.name)}
     paths = sorted(path for path in named | {*methods} if ":" in path)
     sent: dict[str, Any] = {"py_modules": users_modules(paths)} if paths else {}
     token = members[0].folder.parent / ".seen"
     if isinstance(token, S3Path):
         sent["env_vars"] = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
     token.write_text(uuid.uuid4().hex)
-    models = [to_dict(each.model) for each in settings]
-    data = [to_dict(each.data) for each in settings]
-    prints = [one.journal.record.header["data"] for one in members]
+    models = [to_dict(own.model) for own in settings]
+    data = [to_dict(own.data) for own in settings]
+    prints = [writable.record.header["data"] for writable in members]
     try:
         yield needs(token, methods, models, list(zip(data, prints, strict=True))), sent
     finally:
@@ -121,23 +121,24 @@ def _needs(members: list[Writable]) -> Iterator[tuple[dict[str, Any], dict[str, 
 
 
 def _all_done(members: list[Writable]) -> bool:
-    return all(is_done(one.journal.record) for one in members)
+    return all(is_done(writable.record) for writable in members)
 
 
-def _close(folder: Path, members: list[Writable], recording: Recording) -> int:
-    command = recording.tracker.close()
+def _close(folder: Path, members: list[Writable], recording: Recording) -> dict[str, Any]:
+    upload = recording.tracker.close()
     for problem in recording.tracker.problems:
         print(problem, file=sys.stderr)
-    print_result([one.folder for one in members])
-    if command:
-        print(f"W&B records are offline; upload them by: {command}")
+    result = sweep_status([writable.folder for writable in members], driven=False)
+    print_members(result.get("members", [result]))
+    if upload:
+        print(f"W&B records are offline; upload them by: {upload}")
     if not _all_done(members):
         print(f"Interrupted. Go on by: {resume_command(folder)}")
-        return 130
+        return result
     failed = [
-        f"{one.member.name} trial {trial.number}: {trial.error}"
-        for one in members
-        for trial in one.journal.record.trials.values()
+        f"{writable.name} trial {trial.number}: {trial.error}"
+        for writable in members
+        for trial in writable.record.trials.values()
         if trial.status == "failed"
     ]
     for line in failed:
@@ -145,4 +146,4 @@ def _close(folder: Path, members: list[Writable], recording: Recording) -> int:
     if failed:
         again = f"{resume_command(folder)} --retry-failed"
         print(f"Try them again, from their checkpoints, by: {again}", file=sys.stderr)
-    return 1 if failed else 0
+    return result

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsetune.space.member import Member
+from sparsetune.space.member import Member, load_member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial, holder
 from sparsetune.store.layout import member_folders, sweeps
@@ -44,7 +44,7 @@ def front(member: Member, record: journal.Record) -> list[Trial]:
     # Whoever beats a trial comes before it in this order, and so does one that nobody beats.
     ordered = sorted(
         ((scores(trial), trial) for trial in feasible(member, record)),
-        key=lambda each: (each[0], -each[1].number),
+        key=lambda scored: (scored[0], -scored[1].number),
         reverse=True,
     )
     if len(signs) == 1:
@@ -69,30 +69,34 @@ def _described(member: Member, trial: Trial) -> dict[str, Any]:
     }
 
 
+def counted(record: journal.Record) -> dict[str, int]:
+    """{"total": those asked for, "finished": ..., ...}"""
+    statuses = [trial.status for trial in record.trials.values()]
+    return {"total": record.asked} | {status: statuses.count(status) for status in STATUSES}
+
+
 def summary(folder: Path, driven: bool = True) -> dict[str, Any]:
     """One member: the keys that `sparsetune status --json` promises.
 
     `driven=False` says that whoever holds the sweep's lock is about to let go.
     """
-    record = journal.load(folder)
-    member = Member.from_header(record.header["member"])
+    member, record = load_member(folder)
     trials = record.trials.values()
-    found = [_described(member, trial) for trial in front(member, record)]
+    best = [_described(member, trial) for trial in front(member, record)]
     state = "finished" if is_done(record) else "interrupted"
     if state == "interrupted" and driven and holder(folder.parent) is not None:
         state = "running"
     result: dict[str, Any] = {
         "name": member.name,
         "state": state,
-        "trials": {"total": record.asked}
-        | {status: sum(trial.status == status for trial in trials) for status in STATUSES},
+        "trials": counted(record),
         "epochs_trained": sum(len(trial.reports) for trial in trials),
-        "best": (found if len(member.objectives) > 1 else found[0]) if found else None,
+        "best": (best if len(member.objectives) > 1 else best[0]) if best else None,
         "device_seconds": round(
             sum(r.metrics.get("device_seconds", 0.0) for t in trials for r in t.reports), 3
         ),
     }
-    if not found:
+    if not best:
         reached = [
             trial.reports[-1].metrics["density/all"]
             for trial in trials
@@ -102,9 +106,9 @@ def summary(folder: Path, driven: bool = True) -> dict[str, Any]:
     return result
 
 
-def sweep_status(folders: list[Path]) -> dict[str, Any]:
+def sweep_status(folders: list[Path], driven: bool = True) -> dict[str, Any]:
     """A sweep of one member is that member itself; several stand in `members`."""
-    members = [summary(folder) for folder in folders]
+    members = [summary(folder, driven) for folder in folders]
     if len(members) == 1:
         return members[0]
     states = {member["state"] for member in members}
@@ -135,13 +139,13 @@ def print_members(members: list[dict[str, Any]]) -> None:
         ended = sum(trials[key] for key in ("finished", "stopped", "diverged", "failed"))
         row = [member["name"], member["state"], f"{ended}/{trials['total']}"]
         row += [str(trials[key]) for key in ("stopped", "diverged", "failed")]
-        found = member["best"] if isinstance(member["best"], list) else [member["best"]]
-        if found[0] is None:
+        front = member["best"] if isinstance(member["best"], list) else [member["best"]]
+        if front[0] is None:
             lowest = member.get("lowest_density")
             if lowest is not None:
                 notes.append(f"{member['name']}: none feasible, lowest density {lowest:.4f}")
             table.add_row(*row, "-", "-")
-        for best in filter(None, found):
+        for best in filter(None, front):
             table.add_row(*row, shown(best["value"]), str(best["trial"]))
             notes.append(
                 f"{member['name']} trial {best['trial']}: {settings_shown(best['config'])}"
@@ -151,8 +155,3 @@ def print_members(members: list[dict[str, Any]]) -> None:
     console.print(table)
     for note in notes:
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
-
-
-def print_result(folders: list[Path]) -> None:
-    """The table of the members that a driver leaves behind."""
-    print_members([summary(path, driven=False) for path in folders])

@@ -14,7 +14,7 @@ from typing import Any
 from sparsetune.settings import to_dict
 from sparsetune.space import config
 from sparsetune.space.member import Member
-from sparsetune.space.resolve import Command, resolve, reworded
+from sparsetune.space.resolve import reworded
 from sparsetune.space.space import Space
 from sparsetune.store.journal import Event
 from sparsetune.sweeps import source_code
@@ -81,37 +81,16 @@ def check_unchanged(member: Member, header: Event, fingerprint: str) -> None:
         )
 
 
-def asked_again(
-    members: list[Member], header: Event, specs: list[str], words: list[str]
-) -> list[Member]:
-    """The members as a command line would have them now.
-
-    Words alone change what the members have; spaces are read anew, with the words of the sweep's
-    own command line before these.
-    """
-    if not specs:
-        return reworded(members, words)
-    first: Command = header["command"]
-    own = [word for word in header["argv"][1:] if "=" in word and not word.startswith("-")]
-    name = members[0].name.partition("/")[0]
-    found = resolve(specs, [*own, *words, f"name={name}"], first, exists=True).members
-    missing = {member.name for member in members} - {member.name for member in found}
-    new = {member.name for member in found} - set(header.get("members", []))
-    if missing or ("members" in header and new):
-        raise ValueError(
-            f"space: these words make {', '.join(member.name for member in found)}, and "
-            f"{', '.join(member.name for member in members)} has begun; give the spaces and "
-            f"densities of the sweep, {ELSEWHERE.format(name)}"
-        )
-    by_name = {member.name: member for member in found}
-    return [by_name[member.name] for member in members]
+def wider(members: list[Member], settings: Mapping[str, Any], allowed: bool) -> list[Space | None]:
+    """The wider space of each member that the settings ask for; None where they ask for what there
+    is. ValueError for every other difference, and for wider ranges that were not `allowed`."""
+    if not settings:
+        return [None] * len(members)
+    asked = reworded(members, settings)
+    return [_wider(then, now, allowed) for then, now in zip(members, asked, strict=True)]
 
 
-def wider(then: Member, now: Member, allowed: bool) -> Space | None:
-    """The wider space that `now` asks for; None where it asks for what there is.
-
-    ValueError for every other difference, and for wider ranges that were not `allowed`.
-    """
+def _wider(then: Member, now: Member, allowed: bool) -> Space | None:
     differences = _differences(_described(then), _described(now))
     if not differences:
         return None

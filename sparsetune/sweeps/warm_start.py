@@ -12,7 +12,7 @@ import dataclasses
 import math
 from typing import Any
 
-from sparsetune.space.member import Member, Sweep
+from sparsetune.space.member import Member, Sweep, load_member
 from sparsetune.space.resolve import check_members
 from sparsetune.store import journal
 from sparsetune.store.layout import member_folders
@@ -27,27 +27,27 @@ def warmed(sweep: Sweep) -> Sweep:
     if not name:
         return sweep
     try:
-        records = [journal.load(folder) for folder in member_folders(sweep.storage, name)]
+        earlier = [load_member(folder) for folder in member_folders(sweep.storage, name)]
     except ValueError as error:
         raise ValueError(f"warm_start: {error}") from error
-    earlier = [(Member.from_header(record.header["member"]), record) for record in records]
     members = [_warmed(member, name, earlier) for member in sweep.members]
     check_members(members)
     return dataclasses.replace(sweep, members=members)
 
 
 def _warmed(member: Member, name: str, earlier: list[tuple[Member, journal.Record]]) -> Member:
-    same = [each for each in earlier if each[0].traits.name == member.traits.name]
+    same = [pair for pair in earlier if pair[0].traits.name == member.traits.name]
     if not same:
-        methods = ", ".join(dict.fromkeys(each.traits.name for each, _ in earlier))
+        methods = ", ".join(dict.fromkeys(other.traits.name for other, _ in earlier))
         raise ValueError(
             f"warm_start: '{name}' searched {methods}, and {member.name} is about "
             f"{member.traits.name}; name a sweep or member of that method"
         )
 
-    def distance(each: tuple[Member, journal.Record]) -> tuple[bool, float]:
-        densities = each[0].density or 1.0, member.density or 1.0
-        return each[0].space.name != member.space.name, abs(math.log(densities[0] / densities[1]))
+    def distance(pair: tuple[Member, journal.Record]) -> tuple[bool, float]:
+        other, _ = pair
+        factor = (other.density or 1.0) / (member.density or 1.0)
+        return other.space.name != member.space.name, abs(math.log(factor))
 
     source, record = min(same, key=distance)
     if source.objectives != member.objectives:

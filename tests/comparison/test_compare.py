@@ -19,10 +19,10 @@ from sparsetune.comparison.values import Cell, Comparison, Level
 from sparsetune.reports import search_figures, tables
 from sparsetune.reports.runs_csv import save_csv, write_csv
 from sparsetune.search.study import MemberStudy
-from sparsetune.space.member import Member, Sweep
+from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal, Trial
-from sparsetune.sweeps.create import opened, search_member
+from sparsetune.sweeps.create import opened
 
 SETTLED = ["density=0.2", "trials=4"]
 
@@ -47,7 +47,7 @@ def fair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_fair_comparison_ranks(fair: Path) -> None:
-    found = compare(fair, ["fair"])
+    found = compare("fair", storage=fair)
     assert broken(found) == set()
     assert [rule.number for rule in found.rules] == list(range(1, 17))
     assert found.rules[14].state == "does not apply"  # no emergent density
@@ -76,7 +76,7 @@ def test_a_fair_comparison_ranks(fair: Path) -> None:
 
 
 def test_pairs_are_told_apart_by_seed(fair: Path) -> None:
-    found = compare(fair, ["fair"])
+    found = compare("fair", storage=fair)
     (pair,) = [p for p in found.pairs if (p.a, p.b, p.density) == ("set", "static", 0.2)]
     # Every seed moves both alike, so the difference is 0.02 in each of them.
     assert pair.difference == pytest.approx((0.02, 0.02, 0.02))
@@ -87,7 +87,7 @@ def test_pairs_are_told_apart_by_seed(fair: Path) -> None:
 
 
 def test_a_small_dense_network_counts_as_a_share_of_the_whole(fair: Path) -> None:
-    one = cell(compare(fair, ["fair"]), "small_dense")
+    one = cell(compare("fair", storage=fair), "small_dense")
     assert one.chosen is not None
     assert one.chosen.density_sparse == 1.0
     assert one.chosen.density == pytest.approx(0.2, rel=0.1)
@@ -95,7 +95,7 @@ def test_a_small_dense_network_counts_as_a_share_of_the_whole(fair: Path) -> Non
 
 
 def test_levels_by_flops(fair: Path) -> None:
-    found = compare(fair, ["fair"], "flops")
+    found = compare("fair", match="flops", storage=fair)
     assert broken(found) == set()
     # Every layer has the same density here, so equal density is equal FLOPs.
     assert {name.partition("@")[0] for name in found.levels[Level(0.2)]} >= {
@@ -105,7 +105,7 @@ def test_levels_by_flops(fair: Path) -> None:
 
 
 def test_json_and_csv_have_every_run(fair: Path, tmp_path: Path) -> None:
-    found = compare(fair, ["fair"])
+    found = compare("fair", storage=fair)
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert list(told["levels"]) == list(told["ranking"]) == ["0.2", "0.5"]
     with (tmp_path / "runs.csv").open("w", newline="") as file:
@@ -120,7 +120,7 @@ def test_json_and_csv_have_every_run(fair: Path, tmp_path: Path) -> None:
 
 
 def test_no_other_file_is_overwritten(fair: Path, tmp_path: Path) -> None:
-    found, file = compare(fair, ["fair"]), tmp_path / "runs.csv"
+    found, file = compare("fair", storage=fair), tmp_path / "runs.csv"
     save_csv(found, file)
     before = file.read_bytes()
     save_csv(found, file)
@@ -131,13 +131,13 @@ def test_no_other_file_is_overwritten(fair: Path, tmp_path: Path) -> None:
 
 
 def test_members_alone_are_compared_too(fair: Path) -> None:
-    found = compare(fair, ["fair/set@0.2", "fair/static@0.2"])
+    found = compare("fair/set@0.2", "fair/static@0.2", storage=fair)
     assert [each.name for each in found.cells] == ["fair/set@0.2", "fair/static@0.2"]
     assert found.ranking == {Level(0.2): ["set", "static"]}
     with pytest.raises(ValueError, match="names a member twice"):
-        compare(fair, ["fair", "fair/set@0.2"])
+        compare("fair", "fair/set@0.2", storage=fair)
     with pytest.raises(ValueError, match="there is no sweep 'other'"):
-        compare(fair, ["other"])
+        compare("other", storage=fair)
 
 
 # Each rule that forbids a ranking, broken alone ---------------------------------------------------
@@ -150,7 +150,7 @@ def two(
     for name, space, more, num in (("a", "set", [], seeds[0]), ("b", "static", own, seeds[1])):
         words = [*SETTLED, f"name={name}", *more]
         confirmed(told(folder, [space], *words, **tell), num, "top=1", **tell)
-    return compare(folder, ["a", "b"])
+    return compare("a", "b", storage=folder)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_learning_rates_that_were_given(tmp_path: Path) -> None:
     for name, space, rate in (("a", "set", 0.1), ("b", "static", 0.01)):
         words = [*SETTLED, f"name={name}", f"optimizer.lr={rate}", "optimizer.weight_decay=1e-4"]
         confirmed(told(tmp_path, [space], *words), "seeds=3", "top=1")
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert broken(found) == {1}
     assert '"optimizer.lr": 0.1' in found.rules[0].figure
 
@@ -201,7 +201,7 @@ def test_winners_that_differ_in_what_all_have_searched(tmp_path: Path) -> None:
 
     words = ["density=0.2", "trials=12", "search.distribution.choices=[uniform,erk]", "name=a"]
     confirmed(told(tmp_path, ["set", "static"], *words, tell=tell), "top=1", tell=tell)
-    found = compare(tmp_path, ["a"])
+    found = compare("a", storage=tmp_path)
     assert broken(found) == {8}
     assert '"erk" in a/set@0.2, "uniform" in a/static@0.2' in found.rules[7].figure
 
@@ -209,7 +209,7 @@ def test_winners_that_differ_in_what_all_have_searched(tmp_path: Path) -> None:
 def test_members_that_were_confirmed_in_different_ways(tmp_path: Path) -> None:
     confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3", "top=1")
     confirmed(told(tmp_path, ["static"], *SETTLED, "name=b"), "seeds=3", "top=1", "full=false")
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert broken(found) == {3}
     assert "way of confirming" in found.rules[2].figure
 
@@ -218,7 +218,7 @@ def test_longer_training_stands_at_a_level_of_its_own(tmp_path: Path) -> None:
     path = told(tmp_path, ["set", "static"], *SETTLED, "name=a")
     confirmed(path, "seeds=3")
     confirmed(path, "seeds=3", "multiplier=2", name="a/set@0.2")
-    found = compare(tmp_path, ["a"])
+    found = compare("a", storage=tmp_path)
     assert found.levels == {
         Level(0.2): ["a/set@0.2", "a/static@0.2"],
         Level(0.2, 2): ["a/set@0.2 2x"],
@@ -230,7 +230,7 @@ def test_longer_training_stands_at_a_level_of_its_own(tmp_path: Path) -> None:
     # Folders that were moved aside within the member are no confirmations.
     for name in ("confirm-1", "confirm-2", "confirm.old", "confirm-1x", "confirm-x"):
         shutil.copytree(path / "set@0.2/confirm", path / "set@0.2" / name)
-    assert compare(tmp_path, ["a"]).levels == found.levels
+    assert compare("a", storage=tmp_path).levels == found.levels
     assert set(load("a", storage=tmp_path)["kind"]) == {"search", "confirm", "confirm-2x"}
 
 
@@ -254,7 +254,7 @@ def told_twice(path: Path) -> None:
 def test_a_test_set_that_was_read_for_two_settings(tmp_path: Path) -> None:
     two(tmp_path, [])
     told_twice(tmp_path / "b")
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert broken(found) == {2}
     assert "the test set was read for 2 settings" in found.rules[1].figure
 
@@ -262,7 +262,7 @@ def test_a_test_set_that_was_read_for_two_settings(tmp_path: Path) -> None:
 def test_a_search_that_was_not_by_validation(tmp_path: Path) -> None:
     confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3")
     path = told(tmp_path, ["static"], *SETTLED, "name=b", "objective=train/loss")
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert broken(found) == {2}
     assert "b/static@0.2 was searched by train/loss" in found.rules[1].figure
     with pytest.raises(ValueError, match="objective=val/accuracy"):
@@ -272,20 +272,20 @@ def test_a_search_that_was_not_by_validation(tmp_path: Path) -> None:
 def test_what_is_not_confirmed(tmp_path: Path) -> None:
     confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3")
     path = told(tmp_path, ["static"], *SETTLED, "name=b")
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert broken(found) == {3}
     assert found.rules[2].mend == f"sparsetune confirm b storage={tmp_path}"
     assert cell(found, "static").state == "unconfirmed"
     confirmed(path, "seeds=3")
-    assert broken(compare(tmp_path, ["a", "b"])) == set()
+    assert broken(compare("a", "b", storage=tmp_path)) == set()
     # A search that went on makes the confirmation one of another search.
     with journal_of(path / "static@0.2") as writer:
         writer.append({"type": "extend", "trials": 5})
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert cell(found, "static").state == "unfinished"
     assert "4 of 5 trials of its search have ended" in cell(found, "static").note
     told_more(path)
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert cell(found, "static").state == "unconfirmed"
     moved = f"move {path / 'static@0.2/confirm'} out of the sweep, say so in your report, and: "
     assert found.rules[2].mend == f"{moved}sparsetune confirm b storage={tmp_path}"
@@ -295,8 +295,7 @@ def told_more(path: Path) -> None:
     """The trials that a search was extended by, in its first member."""
     with opened(path.parent, path.name) as members:
         (one,) = members
-        scheduling = Sweep("", Path(), [one.member]).scheduling
-        search = MemberStudy(search_member(one, scheduling), 0)
+        search = MemberStudy(one.member, one.journal, 0)
         while search.wants_more:
             trial = search.suggest()
             metrics = dict(one.journal.record.trials[0].reports[-1].metrics)
@@ -339,7 +338,7 @@ def test_density_over_the_sparse_layers_is_judged_by_them(tmp_path: Path) -> Non
         return found | {"density/all": 0.247, "density/sparse": 0.2}
 
     confirmed(told(tmp_path, ["set", "static"], *words, "name=a", tell=tell), "seeds=3", tell=tell)
-    found = compare(tmp_path, ["a"])
+    found = compare("a", storage=tmp_path)
     assert broken(found) == set()
     assert "over the sparse layers' weights" in found.rules[9].figure
 
@@ -411,7 +410,7 @@ def test_infeasible_members_are_listed_and_not_ranked(
     tell = dst({"search": search, "rank": final, "final": final, "paper": final})
     path = told(tmp_path, ["set", "dst"], *SETTLED, "name=a", tell=tell)
     confirmed(path, "seeds=3", "top=1", tell=tell)
-    found = compare(tmp_path, ["a"])
+    found = compare("a", storage=tmp_path)
     one = cell(found, "dst")
     assert one.state == state
     assert note in one.note
@@ -453,7 +452,7 @@ def test_one_search_serves_several_densities(tmp_path: Path) -> None:
         ("final", 5): "b/dst@0.2,0.22",
         ("paper", 0): "b/dst paper",
     }
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert broken(found) == set()
     assert found.levels == {
         Level(0.1): ["a/set@0.1", "b/dst@0.1"],
@@ -476,7 +475,7 @@ def test_spaces_of_two_sweeps_are_told_apart(tmp_path: Path) -> None:
     """Where both have a space, it is called by its sweep; where one has, by its own name."""
     confirmed(told(tmp_path, ["set", "static"], *SETTLED, "name=a"), "seeds=3", "top=1")
     confirmed(told(tmp_path, ["set", "rigl"], *SETTLED, "name=b"), "seeds=3", "top=1")
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert {c.name: c.space for c in found.cells} == {
         "a/set@0.2": "a/set",
         "a/static@0.2": "static",
@@ -499,7 +498,7 @@ def test_start_points_that_change_what_is_shared_are_no_candidates(tmp_path: Pat
 
     # SET's paper point has a schedule and a distribution of its own, static's has not.
     confirmed(told(tmp_path, ["set", "static"], *SETTLED, "name=a", tell=tell), "top=1", tell=tell)
-    found = compare(tmp_path, ["a"])
+    found = compare("a", storage=tmp_path)
     chosen, paper = cell(found, "set").chosen, cell(found, "set").paper
     assert chosen is not None and paper is not None
     assert chosen.trial != 0
@@ -521,7 +520,7 @@ def test_an_infeasible_member_with_a_lost_run_forbids_nothing(tmp_path: Path) ->
 
     path = told(tmp_path, ["set", "dst"], *SETTLED, "name=a", tell=tell)
     confirmed(path, "seeds=3", "top=1", tell=tell)
-    found = compare(tmp_path, ["a"])
+    found = compare("a", storage=tmp_path)
     assert cell(found, "dst").state == "infeasible"
     assert broken(found) == set()
 
@@ -534,7 +533,7 @@ def test_a_method_whose_trials_all_diverged(tmp_path: Path) -> None:
         return "diverged" if one.space.name == "static" else accuracy(one, trial, role)
 
     confirmed(told(tmp_path, ["set", "static"], *SETTLED, "name=a", tell=tell), "seeds=3")
-    found = compare(tmp_path, ["a"])
+    found = compare("a", storage=tmp_path)
     assert broken(found) == set()
     assert "a/static@0.2: none of its trials was trained to the end (4 diverged)" in found.notes
     assert found.ranking == {Level(0.2): ["set"]}
@@ -545,7 +544,7 @@ def test_a_density_that_one_method_lacks(tmp_path: Path) -> None:
     words = ["trials=4", "name=a", "density=0.2,0.5"]
     confirmed(told(tmp_path, ["set"], *words), "seeds=3")
     confirmed(told(tmp_path, ["static"], *SETTLED, "name=b"), "seeds=3")
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert "static was not searched at density 0.5" in found.notes
     assert found.ranking == {Level(0.2): ["set", "static"], Level(0.5): ["set"]}
 
@@ -554,7 +553,7 @@ def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     confirmed(told(tmp_path, ["set"], *SETTLED, "name=a"), "seeds=3")
     monkeypatch.setattr("sparsetune.sweeps.create.versions", lambda: {"sparsetune": "0.0.9"})
     confirmed(told(tmp_path, ["static"], *SETTLED, "name=b"), "seeds=3")
-    rule = compare(tmp_path, ["a", "b"]).rules[13]
+    rule = compare("a", "b", storage=tmp_path).rules[13]
     assert rule.state == "broken"
     assert '"0.0.9"' in rule.figure
     assert rule.mend == "search all with one version"
@@ -567,7 +566,7 @@ def test_confirmations_by_different_versions(
     path = told(tmp_path, ["static"], *SETTLED, "name=b")
     monkeypatch.setattr("sparsetune.comparison.confirm.versions", lambda: {"sparsetune": "0.0.9"})
     confirmed(path, "seeds=3")
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert found.rules[13].state == "broken"
     assert "versions of confirmation" in found.rules[13].figure
     assert {"sparsetune": "0.0.9"} in found.about["versions"]
@@ -578,7 +577,7 @@ def test_a_search_that_is_not_finished(tmp_path: Path) -> None:
     path = told(tmp_path, ["static"], *SETTLED, "name=b")
     with journal_of(path / "static@0.2") as writer:
         writer.append({"type": "extend", "trials": 6})
-    found = compare(tmp_path, ["a", "b"])
+    found = compare("a", "b", storage=tmp_path)
     assert broken(found) == {1, 3}
     assert found.rules[2].mend == f"sparsetune resume b storage={tmp_path}"
     assert found.ranking is None

@@ -72,7 +72,7 @@ def test_nothing_of_the_users_is_needed(tmp_path: Path, monkeypatch: pytest.Monk
     words = ["density=0.2", "trials=4", "name=a", "model.name=nets_of_mine:Net"]
     words += ["search.model.args.hidden.choices=[32,64]"]
     confirmed(told(tmp_path, ["set", "static"], *words), "seeds=3", "top=1")
-    before = compare(tmp_path, ["a"])
+    before = compare("a", storage=tmp_path)
     (tmp_path / "nets_of_mine.py").unlink()
     del sys.modules["nets_of_mine"]
 
@@ -85,7 +85,7 @@ def test_nothing_of_the_users_is_needed(tmp_path: Path, monkeypatch: pytest.Monk
         return event
 
     rewritten(tmp_path, gone)
-    after = compare(tmp_path, ["a"])
+    after = compare("a", storage=tmp_path)
     lines = {cell.space: cell.chosen for cell in after.cells}
     assert {cell.space: cell.chosen for cell in before.cells} == lines
     for line in lines.values():
@@ -114,9 +114,9 @@ def test_a_network_that_no_journal_tells_of(tmp_path: Path) -> None:
             event["member"]["space"]["fixed"]["model.name"] = "nets_of_mine:Net"
         return event
 
-    ours = compare(tmp_path, ["a"])
+    ours = compare("a", storage=tmp_path)
     rewritten(tmp_path, before)
-    theirs = compare(tmp_path, ["a"])
+    theirs = compare("a", storage=tmp_path)
     assert [cell.mean for cell in theirs.cells] == [cell.mean for cell in ours.cells]
     for cell in theirs.cells:
         assert cell.chosen is not None

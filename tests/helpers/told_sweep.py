@@ -10,7 +10,7 @@ from sparsetune.search.study import MemberStudy
 from sparsetune.space.member import Member
 from sparsetune.space.resolve import resolve
 from sparsetune.store.journal import Journal, Trial
-from sparsetune.sweeps.create import Extension, create, opened, search_member
+from sparsetune.sweeps.create import Extension, created
 
 EPOCHS = 2
 WORDS = ["model.name=mlp", "model.widths=[32,16]", f"epochs={EPOCHS}", "wandb.mode=disabled"]
@@ -31,14 +31,14 @@ def accuracy(one: Member, trial: Trial, role: str) -> dict[str, float] | str:
 
 def told(folder: Path, spaces: Iterable[str], *words: str, tell: Tell = accuracy) -> Path:
     """The folder of a sweep that has ended."""
-    resolved = resolve(list(spaces), [*WORDS, f"storage={folder}", *words], "sweep")
-    path = create(resolved, "sweep")
-    with opened(resolved.storage, resolved.name) as members:
+    spaces, words = list(spaces), (*WORDS, f"storage={folder}", *words)
+    resolved = resolve(spaces, [*words], "sweep")
+    with created(resolved, "sweep", [*spaces, *words]) as members:
         for one in members:
-            search = MemberStudy(search_member(one, resolved.scheduling), 0)
+            search = MemberStudy(one.member, one.journal, 0)
             for _ in range(one.journal.record.asked):
                 _train(one.journal, search, search.suggest(), "search", one.member, tell)
-    return path
+    return resolved.storage / resolved.name
 
 
 def confirmed(path: Path, *words: str, tell: Tell = accuracy, name: str = "") -> Path:
@@ -47,9 +47,8 @@ def confirmed(path: Path, *words: str, tell: Tell = accuracy, name: str = "") ->
     with confirm.begun(path.parent, name or path.name, asked, Extension()) as all_:
         for one in all_:
             while one.header["candidates"] and confirm._extend(one):
-                searched = search_member(one.runs, confirm.NO_STOPPING)
-                searched.start_points = confirm._wanted(one)
-                search = MemberStudy(searched, 0)
+                runs = confirm._wanted(one)
+                search = MemberStudy(one.runs.member, one.runs.journal, 0, runs)
                 while len(one.runs.journal.record.trials) < one.runs.journal.record.asked:
                     trial, writer = search.suggest(), one.runs.journal
                     role = winners.role(trial)[0]

@@ -43,7 +43,7 @@ def toy(
     words = ["name=toy", "density=0.05,0.1,0.2", f"trials={trials}", f"epochs={epochs}"]
     path = told(folder, spaces, *words, tell=tell)
     confirmed(path, f"seeds={seeds}", "top=2", tell=tell)
-    return curved(compare(folder, ["toy"]))
+    return curved(compare("toy", storage=folder))
 
 
 def curved(comparison: Comparison) -> Comparison:

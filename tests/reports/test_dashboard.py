@@ -25,8 +25,7 @@ from sparsetune.cli import main
 from sparsetune.reports import dashboard
 from sparsetune.reports.dashboard import Copy
 from sparsetune.search.study import MemberStudy
-from sparsetune.space.member import Scheduling
-from sparsetune.sweeps.create import Extension, opened, search_member
+from sparsetune.sweeps.create import Extension, opened
 
 WORDS = ["density=0.2", "name=a", "trials=4"]
 
@@ -42,8 +41,7 @@ def driven(path: Path, trials: int, **wanted: Any) -> Iterator[MemberStudy]:
     """The search of a sweep's one member as its driver holds it."""
     extension = Extension(trials=trials, **wanted)
     with opened(path.parent, path.name, extension) as [one]:
-        scheduling = Scheduling("none", 1, 2.0, "")
-        yield MemberStudy(search_member(one, scheduling), 0)
+        yield MemberStudy(one.member, one.journal, 0)
 
 
 def test_a_copy_follows_its_journal(tmp_path: Path) -> None:
@@ -109,7 +107,7 @@ def test_the_dashboard_shows_a_sweep_that_runs(tmp_path: Path) -> None:
         with urllib.request.urlopen(address + "/dashboard", timeout=10) as page:
             assert b"<html" in page.read()
         with opened(tmp_path, "a/dense", Extension(trials=5)) as [one]:
-            search = MemberStudy(search_member(one, Scheduling("none", 1, 2.0, "")), 0)
+            search = MemberStudy(one.member, one.journal, 0)
             search.suggest()
             search.report(4, 1, {"val/accuracy": 0.75}, "CONTINUE")
             one.journal.sync()

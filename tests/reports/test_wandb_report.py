@@ -35,7 +35,7 @@ from sparsetune.reports import wandb_report
 from sparsetune.space.resolve import resolve
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal
-from sparsetune.sweeps.create import Extension, create, opened
+from sparsetune.sweeps.create import Extension, created, opened
 from sparsetune.sweeps.recording import Recording
 
 MEAN = Interval(0.9731, 0.971, 0.9752)
@@ -105,7 +105,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ours = ["name=toy", "wandb.entity=ent", "wandb.project=ours"]
     theirs = ["name=other", "wandb.project=theirs"]  # of the default entity
     for spaces, own in ((["set", "rigl", "dense"], ours), (["dst"], theirs)):
-        create(resolve(spaces, [*words, *own], "sweep"), "sweep")
+        with created(resolve(spaces, [*words, *own], "sweep"), "sweep", [*spaces, *words, *own]):
+            pass
     return folder
 
 

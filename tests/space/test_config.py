@@ -13,7 +13,7 @@ import pytest
 from sparsetune.search.study import MemberStudy
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.space import config, files
-from sparsetune.space.member import Member, Sweep
+from sparsetune.space.member import Member, Sweep, scheduling
 from sparsetune.space.resolve import resolve
 from sparsetune.store.journal import Journal
 
@@ -305,10 +305,10 @@ def test_bad_data_is_found_before_anything_starts(
 
 
 def test_ashas_rungs_are_where_trials_may_be_stopped() -> None:
-    asha = sweep("set", "epochs=20").scheduling  # grace a quarter, reduction 3
+    asha = scheduling(sweep("set", "epochs=20").members)  # grace a quarter, reduction 3
     assert asha.decisions(20) == [5, 15]
     assert asha._replace(grace=2, reduction=2.5).decisions(20) == [2, 5, 13]  # 12.5: at epoch 13
-    assert sweep("dst", "epochs=20").scheduling.decisions(20) == []
+    assert scheduling(sweep("dst", "epochs=20").members).decisions(20) == []
 
 
 def test_a_start_points_density_is_its_own(tmp_path: Path) -> None:
@@ -316,10 +316,10 @@ def test_a_start_points_density_is_its_own(tmp_path: Path) -> None:
     file.write_text("method: set\nstart: {p: {density: 0.3, zeta: 0.2}, q: {zeta: 0.2}}\n")
     (one,) = sweep(str(file)).members
     assert one.name == "t/x@0.1"
-    at = [one.trial_settings(p.params, p.fixed).density for p in one.start_points]
+    at = [one.trial_settings(p.params, p.fixed).density for p in one.space.points()]
     assert at == [0.3, 0.1]
     (given,) = sweep(str(file), "density=0.2").members
-    at = [given.trial_settings(p.params, p.fixed).density for p in given.start_points]
+    at = [given.trial_settings(p.params, p.fixed).density for p in given.space.points()]
     assert at == [0.2, 0.2]
     (single,) = resolve([str(file)], ["start=p"], "train").members
     assert single.name.endswith("/x@0.3")
@@ -405,13 +405,14 @@ def test_a_member_comes_back_from_its_header() -> None:
     for member in sweep("set", "dst", "dense", "density=0.05", "wandb.tags=a,b").members:
         again = Member.from_header(json.loads(json.dumps(member.to_header())))
         assert again == member
-        assert again.start_points == member.start_points
+        assert again.space.points() == member.space.points()
 
 
 def test_a_trials_configuration() -> None:
     (one,) = sweep("set", "density=0.05", "seed=3", "data.limit=500").members
     params = {"hp.zeta": 0.31, "optimizer.lr": 0.2, "variant.decay": "cosine"}
-    nested = one.configure(params, {"distribution": "er", "schedule.milestones": [0.3]}, 4)
+    fixed = {"distribution": "er", "schedule.milestones": [0.3]}
+    nested = to_dict(one.trial_settings(params, fixed))
     assert nested["hp"] == {"zeta": 0.31}
     assert nested["variant"] == {"prune": "signwise", "decay": "cosine"}
     assert (nested["density"], nested["seed"], nested["distribution"]) == (0.05, 3, "er")
@@ -466,15 +467,15 @@ def test_the_violation_of_constraints() -> None:
     ],
 )
 def test_who_is_stopped_early(given: list[str], name: str, reason: str) -> None:
-    scheduling = sweep(*given).scheduling
-    assert scheduling.name == name
-    assert reason in scheduling.reason
+    stopping = scheduling(sweep(*given).members)
+    assert stopping.name == name
+    assert reason in stopping.reason
 
 
 def test_grace_is_a_quarter_of_the_epochs() -> None:
-    assert sweep("set", "epochs=10").scheduling[1:3] == (3, 3.0)
-    assert sweep("set", "epochs=1").scheduling.grace == 1
-    assert sweep("set", "epochs=12", "scheduler.grace=5").scheduling.grace == 5
+    assert scheduling(sweep("set", "epochs=10").members)[1:3] == (3, 3.0)
+    assert scheduling(sweep("set", "epochs=1").members).grace == 1
+    assert scheduling(sweep("set", "epochs=12", "scheduler.grace=5").members).grace == 5
 
 
 # Training one setting -----------------------------------------------------------------------------
@@ -486,8 +487,8 @@ def test_train_takes_the_paper_point(storage: Path) -> None:
     (member,) = one.members
     assert member.name == "train-set-1/set@0.1"
     assert member.settings.trials == 1
-    assert [point.name for point in member.start_points] == ["paper"]
-    assert [p.name for p in train("set", "start=seed-text").members[0].start_points] == [
+    assert [point.name for point in member.space.points()] == ["paper"]
+    assert [p.name for p in train("set", "start=seed-text").members[0].space.points()] == [
         "seed-text"
     ]
     (storage / "train-set-1").mkdir(parents=True)
@@ -541,15 +542,16 @@ def test_a_member_is_searched(name: str, sampler: str, tmp_path: Path) -> None:
     words = [f"sampler.name={sampler}", "sampler.startup=3", "constraint.density/all=0.2"]
     (member,) = sweep(name, *words).members
     journal = Journal.create(tmp_path / "m", {"trials": 12, **member.to_header()})
-    search = MemberStudy(member.search_member(journal), seed=0)
+    search = MemberStudy(member, journal, seed=0)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for number in range(8):
         trial = search.suggest()
         metrics = {"epoch": 1, "val/accuracy": number / 10, "density/all": 0.3 - number / 20}
-        assert search.config(trial)["trial"] == {"member": member.name, "number": number}
+        about = {"member": member.name, "number": number}
+        assert search.config(trial)["trial"].items() >= about.items()
         search.report(number, 1, metrics, "CONTINUE")
         search.end(number, "finished")
-    points = [point.name for point in member.start_points]
+    points = [point.name for point in member.space.points()]
     origins = [trial.origin for trial in journal.record.trials.values()]
     assert origins == [f"start:{p}" for p in points] + ["sampler"] * (8 - len(points))
     again = Member.from_header(journal.record.header)
@@ -560,4 +562,4 @@ def test_a_member_is_searched(name: str, sampler: str, tmp_path: Path) -> None:
 def test_all_shipped_spaces_make_one_sweep() -> None:
     one = sweep(*files.names(), "density=0.02,0.05")
     assert len(names(one)) == 19
-    assert one.scheduling.name == "none"
+    assert scheduling(one.members).name == "none"

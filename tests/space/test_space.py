@@ -114,7 +114,7 @@ def test_a_hundred_samples_fit_their_method(
         make_hyperparameters(method, settings.hp, make_variant(method, settings.variant))
         update_schedule(method, settings)
         layers_of(settings, method, models.weights(model))
-        assert one.configure(params, {}, 0)["optimizer"]["lr"] == params["optimizer.lr"]
+        assert one.trial_settings(params, {}).optimizer.lr == params["optimizer.lr"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -139,7 +139,7 @@ def test_both_start_points_train(
 ) -> None:
     words = [f"start={point}", f"storage={tmp_path}", "epochs=2", "train.batch_size=32"]
     one = resolve([name], words, "train").members[0]
-    (start,) = one.start_points
+    (start,) = one.space.points()
     assert start.name == point
     setup = prepare(one.trial_settings(start.params, start.fixed), CPU, digits)
     before = trainer.begin(setup)

@@ -483,7 +483,7 @@ def test_a_sweep_whose_cluster_cannot_be_used_has_not_been(
     words = ["sweep", "set", "static", "density=0.2", "name=x", f"storage={storage}", *TOY]
     done: list[Any] = []
 
-    def run(members: list[Writable]) -> int:
+    def run(members: list[Writable]) -> dict[str, Any]:
         done.append(note_driver(members))
         if len(done) == 3:
             members[0].journal.append(suggest(0))

@@ -26,10 +26,11 @@ from optuna.trial import TrialState
 from sparsetune.cli import main
 from sparsetune.search.study import MemberStudy
 from sparsetune.space.resolve import resolve
+from sparsetune.space.words import split
 from sparsetune.store import journal
 from sparsetune.sweeps import run as sweep
 from sparsetune.sweeps import source_code
-from sparsetune.sweeps.create import Extension, Writable, create, opened, search_member
+from sparsetune.sweeps.create import Extension, Writable, created, opened
 
 TOY = [
     "epochs=2",
@@ -58,11 +59,10 @@ def run(*words: str, status: int = 0) -> str:
     return done.output
 
 
-def begun(monkeypatch: pytest.MonkeyPatch, *words: str) -> Path:
+def begun(*words: str) -> Path:
     """The folder of the sweep that `sparsetune sweep WORDS` makes, before its first trial."""
-    monkeypatch.setattr("sys.argv", ["sparsetune", "sweep", *words])
-    specs = [word for word in words if "=" not in word]
-    return create(resolve(specs, [w for w in words if "=" in w], "sweep"), "sweep")
+    with created(resolve(*split(words), "sweep"), "sweep", words) as members:
+        return members[0].folder.parent
 
 
 def value(params: dict[str, Any], number: int) -> float:
@@ -100,8 +100,7 @@ def metrics(trial: journal.Trial, epoch: int) -> dict[str, float]:
 
 
 def search_of(one: Writable) -> MemberStudy:
-    scheduling = sweep.Sweep("", Path(), [one.member]).scheduling
-    return MemberStudy(search_member(one, scheduling), one.member.settings.seed)
+    return MemberStudy(one.member, one.journal, one.member.settings.seed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -134,14 +133,12 @@ class Net(torch.nn.Module):
 """
 
 
-def test_changed_code_of_users_is_refused_with_its_lines(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_code_of_users_is_refused_with_its_lines(here: Path) -> None:
     net, layers = here / "resumednet.py", here / "layers.py"
     net.write_text(NET)
     layers.write_text("import torch\nlayer = torch.nn.Linear\n")
     toy = [word for word in TOY if not word.startswith("model")]
-    folder = begun(monkeypatch, "static", "name=a", "model.name=resumednet:Net", *toy)
+    folder = begun("static", "name=a", "model.name=resumednet:Net", *toy)
     code = journal.header(folder / "static@0.1")["code"]
     assert code["users"] == {"resumednet.py": NET, "layers.py": layers.read_text()}
     assert next(iter(code["method"])) == "sparsetune/methods/static.py"
@@ -171,7 +168,7 @@ def test_changed_code_of_users_is_refused_with_its_lines(
 def test_changed_code_of_a_method_is_refused_with_its_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    begun(monkeypatch, "set", "name=a", "density=0.2", *TOY)
+    begun("set", "name=a", "density=0.2", *TOY)
     ended("a")
     files = source_code.of_method("set")
     assert {Path(file).stem for file in files} >= {"set", "ops", "update"}
@@ -235,7 +232,7 @@ def test_which_modules_are_the_users_own(here: Path) -> None:
     assert source_code.changes({"unused.py": long}, {"unused.py": "1"}) == "unused.py differs"
 
 
-def test_changed_data_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_data_is_refused(here: Path) -> None:
     (here / "mydata.py").write_text(
         "import pathlib, torch\n"
         "def digits():\n"
@@ -245,7 +242,7 @@ def test_changed_data_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) ->
         "    return x.numpy(), y.numpy(), x.numpy(), y.numpy()\n"
     )
     (here / "seed").write_text("1")
-    begun(monkeypatch, "static", "name=a", "data.name=mydata:digits", *TOY)
+    begun("static", "name=a", "data.name=mydata:digits", *TOY)
     ended("a")
     run("resume", "a")
     (here / "seed").write_text("2")
@@ -258,13 +255,12 @@ def test_changed_data_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) ->
 SET = ["set", "name=a", "density=0.2,0.3", *TOY]
 
 
-def test_the_words_of_the_sweep_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = begun(monkeypatch, *SET)
+def test_the_words_of_the_sweep_may_be_repeated() -> None:
+    folder = begun(*SET)
     ended("a")
     before = {path: len(journal.read(folder / path)) for path in ("set@0.2", "set@0.3")}
-    run("resume", *SET)
-    run("resume", "a", "set")
-    run("resume", "a/set@0.3", "set", "epochs=2")
+    run("resume", *SET[1:])
+    run("resume", "a/set@0.3", "epochs=2")
     run("resume", "a", "epochs=2", "density=0.2,0.3", "search.zeta.low=0.05", "engine=solo")
     for path, events in before.items():  # a `driver` event each time, and nothing else
         new = journal.read(folder / path)[events:]
@@ -283,41 +279,37 @@ def test_the_words_of_the_sweep_may_be_repeated(monkeypatch: pytest.MonkeyPatch)
         (["search.momentum.low=0", "search.momentum.high=0.9"], ["optimizer.momentum.low: - -> 0"]),
         (["objective=val/loss"], ["objective: val/accuracy -> val/loss"]),
         (["density=0.1"], ["density: the members of this sweep have 0.2, 0.3; for others begin"]),
-        (["set", "density=0.1"], ["space: these words make a/set@0.1, and a/set@0.2, a/set@0.3"]),
-        (["dsr"], ["space: these words make a/dsr@0.2, a/dsr@0.3, and a/set@0.2"]),
-        (["set", "train.batch_size=16"], ["train.batch_size: 32 -> 16"]),
-        (["nope"], ["'nope' is no search space"]),
+        (["set"], ["resume: 'set': a sweep goes on with the spaces that it began with; give its"]),
+        (["dsr", "density=0.2"], ["resume: 'dsr': a sweep goes on with the spaces that it began"]),
+        (["train.batch_size=16"], ["train.batch_size: 32 -> 16"]),
         (["search.zetta.low=0.1"], ["'zetta' is no hyperparameter of set; did you mean"]),
         (["search.zeta.high=2"], ["search.zeta: "]),
     ],
 )
 def test_other_words_are_refused_with_what_was_and_would_be(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], lines: list[str]
+    words: list[str], lines: list[str]
 ) -> None:
-    begun(monkeypatch, *SET)
+    begun(*SET)
     for more in ([], ["--allow-wider"]):
         said = refused("resume", "a", *words, *more)
         for line in lines:
             assert line in said, said
 
 
-def test_a_changed_file_is_refused_when_it_is_given(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_goes_on_without_the_file_of_its_space(here: Path) -> None:
     file = here / "mine.yaml"
     file.write_text("method: set\nsearch: {zeta: {low: 0.1, high: 0.6}}\nstart: {a: {zeta: 0.2}}\n")
-    begun(monkeypatch, "./mine.yaml", "name=a", "density=0.2", *TOY)
+    begun("./mine.yaml", "name=a", "density=0.2", *TOY)
     ended("a")
-    run("resume", "a", "./mine.yaml")
-    file.write_text(file.read_text().replace("zeta: 0.2", "zeta: 0.3"))
-    assert "start.a.hp.zeta: 0.2 -> 0.3" in refused("resume", "a", "./mine.yaml", "--allow-wider")
+    assert "resume: './mine.yaml': a sweep goes on with" in refused("resume", "a", "./mine.yaml")
+    assert "resume: 'mine': a sweep goes on" in refused("resume", "mine", "name=a")
     file.unlink()
     run("resume", "a")  # the journal knows the space
 
 
-def test_wider_ranges_go_into_the_journal_and_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wider_ranges_go_into_the_journal_and_the_study() -> None:
     words = ["name=a", "density=0.2", "search.zeta.high=0.31", "trials=12", *TOY[:-1]]
-    folder = begun(monkeypatch, "set", *words)
+    folder = begun("set", *words)
     ended("a", ends=lambda number: "failed" if number == 5 else "finished")
     wide = ["search.zeta.high=0.6", "search.lr.low=0.0001"]
     said = refused("resume", "a", *wide)
@@ -355,10 +347,8 @@ def test_wider_ranges_go_into_the_journal_and_the_study(monkeypatch: pytest.Monk
 # More trials, and failed ones once more -----------------------------------------------------------
 
 
-def test_a_sweep_with_failed_and_diverged_trials_is_extended(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = begun(monkeypatch, "set", "static", "name=a", "density=0.2", *TOY)
+def test_a_sweep_with_failed_and_diverged_trials_is_extended() -> None:
+    folder = begun("set", "static", "name=a", "density=0.2", *TOY)
     ends = {0: "finished", 1: "diverged", 2: "failed"}
     ended("a", ends=lambda number: ends.get(number, "stopped"))
     before = {name: journal.load(folder / name) for name in ("set@0.2", "static@0.2")}
@@ -375,8 +365,8 @@ def test_a_sweep_with_failed_and_diverged_trials_is_extended(
         ]  # fmt: skip
 
 
-def test_failed_trials_are_tried_again_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = begun(monkeypatch, "set", "name=a", "density=0.2", *TOY)
+def test_failed_trials_are_tried_again_where_they_were() -> None:
+    folder = begun("set", "name=a", "density=0.2", *TOY)
     ended("a", ends=lambda number: "failed" if number in (1, 3) else "finished")
     assert "sparsetune resume a --retry-failed" in run("resume", "a", status=1)
     before = journal.load(folder / "set@0.2")
@@ -418,7 +408,7 @@ class Net(torch.nn.Module):
 """
 
 
-def test_a_retried_trial_is_one_continuous_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retried_trial_is_one_continuous_run(here: Path) -> None:
     (here / "flaky.py").write_text(FLAKY)
     (here / "broken").write_text("6")
     words = ["static", "name=a", "model.name=flaky:Net", "epochs=4", "data.limit=100"]
@@ -446,12 +436,11 @@ def test_a_retried_trial_is_one_continuous_run(here: Path, monkeypatch: pytest.M
 
 
 def test_the_best_of_another_sweep_are_start_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun(monkeypatch, "set", "name=old", "density=0.2,0.5", "trials=12", *TOY[:-1])
+    begun("set", "name=old", "density=0.2,0.5", "trials=12", *TOY[:-1])
     ended("old", ends=lambda number: "finished" if number % 2 == 0 else "failed")
     words = ["set", "name=new", "density=0.1,0.4", "warm_start=old", *TOY]
     run("sweep", *words, "--dry-run")
-    monkeypatch.setattr(sweep, "run", lambda members: 0)
-    monkeypatch.setattr("sys.argv", ["sparsetune", "sweep", *words])
+    monkeypatch.setattr(sweep, "run", lambda members: {"state": "finished", "members": []})
     run("sweep", *words)
     for density, source in ((0.1, 0.2), (0.4, 0.5)):  # the nearest one that was searched
         earlier = journal.load(Path(f"sweeps/old/set@{source}")).trials.values()
@@ -470,7 +459,7 @@ def test_the_best_of_another_sweep_are_start_points(monkeypatch: pytest.MonkeyPa
         assert origins == ["start:paper", "start:seed-text", "start:warm-1", "start:warm-2"]
         assert members[0].journal.record.trials[2].in_study
     assert json.loads(run("status", "new", "--json"))["members"][0]["best"] is None
-    run("resume", "new", *words[:1], *words[2:])
+    run("resume", "new", *words[2:])
     assert "warm_start: old -> -" in refused("resume", "new", "warm_start=")
 
 
@@ -488,12 +477,10 @@ def test_the_best_of_another_sweep_are_start_points(monkeypatch: pytest.MonkeyPa
         ),
     ],
 )
-def test_a_warm_start_that_cannot_be_is_refused(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], why: str
-) -> None:
-    begun(monkeypatch, "set", "name=old", "density=0.2", *TOY)
+def test_a_warm_start_that_cannot_be_is_refused(words: list[str], why: str) -> None:
+    begun("set", "name=old", "density=0.2", *TOY)
     ended("old")
-    begun(monkeypatch, "set", "name=empty", "density=0.2", *TOY)
+    begun("set", "name=empty", "density=0.2", *TOY)
     ended("empty", ends=lambda number: "stopped")
     said = refused("sweep", *words, "name=new", *TOY)
     assert f"warm_start: {why}" in said.replace("name: there", "there"), said
@@ -546,9 +533,9 @@ def unreadable_header(file: Path) -> None:
     ],
 )
 def test_a_broken_journal_is_refused_with_file_and_line(
-    monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], Any], said: str
+    fault: Callable[[Path], Any], said: str
 ) -> None:
-    begun(monkeypatch, "set", "static", "name=a", "density=0.2", *TOY)
+    begun("set", "static", "name=a", "density=0.2", *TOY)
     ended("a")
     file = Path("sweeps/a/static@0.2/journal.jsonl")
     fault(file)
@@ -561,8 +548,8 @@ def test_a_broken_journal_is_refused_with_file_and_line(
     run("resume", "a/set@0.2")
 
 
-def test_a_torn_tail_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun(monkeypatch, "set", "static", "name=a", "density=0.2", *TOY)
+def test_a_torn_tail_is_recovered() -> None:
+    begun("set", "static", "name=a", "density=0.2", *TOY)
     ended("a")
     file = Path("sweeps/a/static@0.2/journal.jsonl")
     torn_tail(file)  # of the last trial's end

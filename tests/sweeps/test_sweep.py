@@ -25,7 +25,6 @@ from helpers.command import (
 )
 from helpers.wandb_files import read_runs
 
-from sparsetune.settings import TrialSettings, from_dict
 from sparsetune.store import journal, layout
 from sparsetune.training import checkpoint
 from sparsetune.training.setup import setup_of
@@ -80,7 +79,7 @@ def test_a_restored_trial_gives_the_recorded_accuracy(toy: Path) -> None:
 
     member = Member.from_header(record.header["member"])
     one = record.trials[2]
-    settings = from_dict(TrialSettings, member.configure(one.params, one.fixed, one.number))
+    settings = member.trial_settings(one.params, one.fixed)
     setup = setup_of(settings, "cpu")
     state, _ = checkpoint.restore(setup, layout.trial_folder(toy / "sweeps/toy/sm@0.2", 2))
     measured = trainer.measure(setup, state, state.masks)
