@@ -145,15 +145,12 @@ def status(words: tuple[str, ...], as_json: bool) -> None:
     """
     from sparsetune.space.words import named
     from sparsetune.store.layout import member_folders
-    from sparsetune.sweeps import status as stand
+    from sparsetune.sweeps.status import all_status, print_members, sweep_status
 
     with user_errors():
         name, values = named(words)
         storage = values["storage"]
-        if name:
-            result = stand.sweep_status(member_folders(storage, name))
-        else:
-            result = stand.all_status(storage)
+        result = sweep_status(member_folders(storage, name)) if name else all_status(storage)
     if as_json:
         click.echo(json.dumps(_finite(result), indent=2))
         return
@@ -164,7 +161,7 @@ def status(words: tuple[str, ...], as_json: bool) -> None:
         if "error" in sweep:
             click.echo(f"{sweep['name']}: {sweep['error']}", err=True)
         else:
-            stand.print_members(sweep.get("members", [sweep]))
+            print_members(sweep.get("members", [sweep]))
 
 
 def _finite(value: Any) -> Any:
@@ -187,14 +184,14 @@ def dashboard(words: tuple[str, ...], port: int) -> None:
     Shows a copy, on this machine alone: what is done there does not reach the sweep. Needs:
     pip install 'sparsetune[dashboard]'
     """
-    from sparsetune.reports import dashboard as shown
+    from sparsetune.reports.dashboard import serve
     from sparsetune.space.words import named
 
     with user_errors():
         name, values = named(words)
         if not name:
             raise ValueError("name: give a sweep, or SWEEP/MEMBER")
-        shown.serve(values["storage"], name, port)
+        serve(values["storage"], name, port)
 
 
 @main.command()
@@ -257,12 +254,12 @@ def compare(
     sparsetune compare NAME [NAME ...] [--match density|flops] [--json] [--csv FILE]
     Where a rule that forbids a ranking is broken there is none, but the reason and what mends it.
     """
-    from sparsetune.comparison import compare as comparing
+    from sparsetune.comparison.compare import compare
     from sparsetune.reports import runs_csv, tables
 
     with user_errors():
         names, storage = _names(words)
-        comparison = comparing.compare(*names, match=match, storage=storage)
+        comparison = compare(*names, match=match, storage=storage)
         if csv_file:
             runs_csv.save_csv(comparison, Path(csv_file))
     if as_json:

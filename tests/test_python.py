@@ -94,6 +94,15 @@ def test_what_is_wrong_is_a_value_error_and_nothing_is_written(tmp_path: Path) -
         sparsetune.sweep("set", name="a", storage=tmp_path)
 
 
+def test_a_ray_that_is_there_already_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    with pytest.raises(Refused, match=r"this process uses a Ray already; call ray\.shutdown\(\)"):
+        sparsetune.sweep("static", name="a", storage=tmp_path, **TOY)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_sweep_is_resumed_compared_and_reported(tmp_path: Path) -> None:
     path = told(tmp_path, ["set", "static"], *SETTLED, "name=a")
     status = json.loads(run(tmp_path, "status", "a", f"storage={tmp_path}", "--json").stdout)

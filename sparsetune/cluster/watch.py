@@ -1,4 +1,8 @@
-"""An orderly end: what a driver does between events, and when it is told to stop."""
+"""An orderly end: what a driver does between events, and when it is told to stop.
+
+The rule to know: whatever is not in a journal yet is trained again from a checkpoint, so leaving at
+any moment loses nothing; an orderly end saves the time of the running epochs.
+"""
 
 from __future__ import annotations
 

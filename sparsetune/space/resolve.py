@@ -40,27 +40,26 @@ Command = Literal["train", "sweep"]
 
 def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep:
     """The sweep that a command line asks for. ValueError, one clear message, for what is wrong."""
-    given = config.parse_words(words)
+    asked = config.parse_words(words)
     spaces = [files.load(spec) for spec in space_specs]
     _check_stems(spaces)
-    start, densities = given.pop("start", None), given.pop("density", [])
+    start, densities = asked.pop("start", None), asked.pop("density", [])
     if command == "train":
-        spaces = [_only_point(spaces, given, start, densities)]
-        given = _train_defaults(spaces[0], given) | given
-        if "warm_start" in given:
+        spaces = [_only_point(spaces, asked, start, densities)]
+        asked = _train_defaults(spaces[0], asked) | asked
+        if "warm_start" in asked:
             raise ValueError("warm_start: train trains one setting; for a search use sweep")
     elif start is not None:
         raise ValueError("start: belongs to train; a sweep tries all start points first")
-    if densities and any(key.startswith("search.density.") for key in given):
+    if densities and any(key.startswith("search.density.") for key in asked):
         raise ValueError("search.density: density is given, too; leave one out")
-    common = {k: v for k, v in given.items() if not k.startswith(("search.", "hp.", "variant."))}
-    spaces = _overridden(spaces, given, common)
+    common = {k: v for k, v in asked.items() if not k.startswith(("search.", "hp.", "variant."))}
+    spaces = _overridden(spaces, asked, common)
     name, storage = common.get("name", ""), config.build(common).storage
     folder = config.storage_folder(storage)
     _check_place(name, folder)
-    members = [
-        each for one in spaces for each in _members(one, common, densities, command == "train")
-    ]
+    single = command == "train"
+    members = [m for space in spaces for m in _members(space, common, densities, single)]
     named = [member.name for member in members]
     if twice := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
         raise ValueError(
@@ -74,16 +73,16 @@ def resolve(space_specs: list[str], words: list[str], command: Command) -> Sweep
 def reworded(members: list[Member], asked: Mapping[str, Any]) -> list[Member]:
     """The members as these keys would have them: all else stays as it is, whatever the spaces'
     files say by now."""
-    given = dict(asked)
-    densities = given.pop("density", None)
+    asked = dict(asked)
+    densities = asked.pop("density", None)
     has = list(dict.fromkeys(member.density for member in members))
-    if densities is not None and densities != [each for each in has if each is not None]:
+    if densities is not None and densities != [density for density in has if density is not None]:
         raise ValueError(
             f"density: the members of this sweep have {', '.join(f'{d:g}' for d in has if d)}; "
             "for others begin a sweep under another name"
         )
-    common = {k: v for k, v in given.items() if not k.startswith(("search.", "hp.", "variant."))}
-    spaces = _overridden([member.space for member in members], given, common)
+    common = {k: v for k, v in asked.items() if not k.startswith(("search.", "hp.", "variant."))}
+    spaces = _overridden([member.space for member in members], asked, common)
     new = []
     for member, own in zip(members, spaces, strict=True):
         fixed = {k: v for k, v in own.fixed.items() if config.is_trial_key(k)}
@@ -97,90 +96,93 @@ def _check_stems(spaces: list[Space]) -> None:
     if not spaces:
         raise ValueError(f"no search space given; there are: {', '.join(files.names())}")
     by_name: dict[str, str] = {}
-    for one in spaces:
-        if one.name in by_name:
+    for space in spaces:
+        if space.name in by_name:
             raise ValueError(
-                f"'{one.name}' is given twice ({by_name[one.name]}, {one.file}); members are named "
-                "by the file, so leave one out or rename it"
+                f"'{space.name}' is given twice ({by_name[space.name]}, {space.file}); members are "
+                "named by the file, so leave one out or rename it"
             )
-        if not config.NAME.fullmatch(one.name):
+        if not config.NAME.fullmatch(space.name):
             raise ValueError(
-                f"{one.file}: members are named by the file; use letters, digits, '.', '_' and '-'"
+                f"{space.file}: members are named by the file; use letters, digits, '.', '_' and "
+                "'-'"
             )
-        by_name[one.name] = one.file
+        by_name[space.name] = space.file
 
 
 def _only_point(
-    spaces: list[Space], given: Mapping[str, Any], start: str | None, densities: list[float]
+    spaces: list[Space], asked: Mapping[str, Any], start: str | None, densities: list[float]
 ) -> Space:
     """The space with the start point to train, or with an empty one: its settings alone."""
     if len(spaces) > 1:
         raise ValueError("train takes one search space; to train several use sweep")
     if len(densities) > 1:
         raise ValueError("density: train takes one; for several use sweep")
-    for key in given:
+    for key in asked:
         if key == "trials" or key.startswith("search."):
             raise ValueError(f"{key}: train trains one setting; for a search use sweep")
-    one = spaces[0]
+    space = spaces[0]
     if start is None:
-        start = "paper" if "paper" in one.start else ""
-    elif start not in one.start:
+        start = "paper" if "paper" in space.start else ""
+    elif start not in space.start:
         raise ValueError(
-            f"start: '{start}' is no start point of {one.file}{suggestion(start, one.start)}; "
-            f"it has: {', '.join(one.start) or 'none'}"
+            f"start: '{start}' is no start point of {space.file}{suggestion(start, space.start)}; "
+            f"it has: {', '.join(space.start) or 'none'}"
         )
-    return dataclasses.replace(one, start={start or "settings": one.start.get(start, {})})
+    return dataclasses.replace(space, start={start or "settings": space.start.get(start, {})})
 
 
-def _train_defaults(one: Space, given: Mapping[str, Any]) -> dict[str, Any]:
-    common = {k: v for k, v in given.items() if k == "storage"}
+def _train_defaults(space: Space, asked: Mapping[str, Any]) -> dict[str, Any]:
+    common = {k: v for k, v in asked.items() if k == "storage"}
     storage = config.storage_folder(config.build(common).storage)
-    stem = f"train-{one.name}"
+    stem = f"train-{space.name}"
     number = next(n for n in itertools.count(1) if not (storage / f"{stem}-{n}").exists())
     defaults = {"name": f"{stem}-{number}", "trials": 1, "scheduler.name": "none"}
     # Training on everything measures no accuracy, and nothing is chosen by it either.
-    if given.get("data.validation", one.fixed.get("data.validation")) == 0:
+    if asked.get("data.validation", space.fixed.get("data.validation")) == 0:
         defaults["objective"] = "train/loss"
     return defaults
 
 
 def _overridden(
-    spaces: list[Space], given: Mapping[str, Any], common: Mapping[str, Any]
+    spaces: list[Space], asked: Mapping[str, Any], common: Mapping[str, Any]
 ) -> list[Space]:
     """The spaces with the command line's ranges and fixed keys, each where it applies."""
-    ranges = _ranges(given)
-    own = {k: v for k, v in given.items() if k.startswith(("hp.", "variant."))}
+    ranges = _ranges(asked)
+    own = {k: v for k, v in asked.items() if k.startswith(("hp.", "variant."))}
     for key in (*ranges, *own):
-        if not any(one.dotted(key) for one in spaces):
+        if not any(space.dotted(key) for space in spaces):
             _refuse(spaces, key, f"search.{key}" if key in ranges else key)
     trial = {k: v for k, v in common.items() if config.is_trial_key(k)}
     method = trial.pop("method", None)
     overridden = []
-    for one in spaces:
-        if method not in (None, one.method):
+    for space in spaces:
+        if method not in (None, space.method):
             raise ValueError(
-                f"method: {one.file} searches {one.method}; for {method} give a space of that "
+                f"method: {space.file} searches {space.method}; for {method} give a space of that "
                 "method"
             )
-        fixed = trial | {k: v for k, v in own.items() if one.dotted(k)}
+        fixed = trial | {k: v for k, v in own.items() if space.dotted(k)}
         # A range is changed where it is searched; where none of the spaces has it, it is new.
         changed = {
             key: words
             for key, words in ranges.items()
-            if one.dotted(key) in one.search
-            or (one.dotted(key) and not any(each.dotted(key) in each.search for each in spaces))
+            if space.dotted(key) in space.search
+            or (
+                space.dotted(key) and not any(other.dotted(key) in other.search for other in spaces)
+            )
         }
         for key in changed:
-            if one.dotted(key) in fixed:
-                raise ValueError(f"search.{key}: {one.dotted(key)} is given, too; leave one out")
-        overridden.append(one.fix(fixed).search_also(changed))
+            if space.dotted(key) in fixed:
+                raise ValueError(f"search.{key}: {space.dotted(key)} is given, too; leave one out")
+        overridden.append(space.fix(fixed).search_also(changed))
     return overridden
 
 
-def _ranges(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _ranges(asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """{key as written: {word: value}} of search.KEY.WORD."""
     ranges: dict[str, dict[str, Any]] = {}
-    for key, value in given.items():
+    for key, value in asked.items():
         if not key.startswith("search."):
             continue
         searched, _, word = key.removeprefix("search.").rpartition(".")
@@ -194,10 +196,10 @@ def _ranges(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _refuse(spaces: list[Space], key: str, place: str) -> None:
-    own = dict.fromkeys(name for one in spaces for name in one.own_keys())
+    own = dict.fromkeys(name for space in spaces for name in space.own_keys())
     short = {name.rpartition(".")[2]: name for name in own}
     near = suggestion(key, own) or suggestion(key.rpartition(".")[2], short)
-    methods = ", ".join(dict.fromkeys(one.method for one in spaces))
+    methods = ", ".join(dict.fromkeys(space.method for space in spaces))
     raise ValueError(
         f"{place}: '{key}' is no hyperparameter of {methods}{near}{'' if near else ';'} "
         f"there are: {', '.join(own) or 'none'}"
@@ -205,34 +207,34 @@ def _refuse(spaces: list[Space], key: str, place: str) -> None:
 
 
 def _members(
-    one: Space, common: Mapping[str, Any], densities: list[float], single: bool
+    space: Space, common: Mapping[str, Any], densities: list[float], single: bool
 ) -> list[Member]:
-    method, keep_points = find(one.method), False
+    method, keep_points = find(space.method), False
     bounds = {k: v for k, v in common.items() if k.startswith("constraint.")}
     key, values = "density", list(densities)
-    if one.fixed.get("model.match_density"):
+    if space.fixed.get("model.match_density"):
         key = "model.match_density"
-        values = values or [one.fixed[key]]
+        values = values or [space.fixed[key]]
     elif method.emergent:
         key = DENSITY_BOUND
-        one, values = _emergent(one, common, values)
+        space, values = _emergent(space, common, values)
     elif not method.reaches_density:
         values = []
-    elif key not in one.search and not values:
+    elif key not in space.search and not values:
         # Nobody gave one, so start points keep theirs; a single setting is called by it.
-        point = next(iter(one.start.values()), {}) if single else {}
-        values = [point.get(key, one.fixed.get(key, TrialSettings().density))]
-        one, keep_points = dataclasses.replace(one, fixed=one.fixed | {key: values[0]}), True
+        point = next(iter(space.start.values()), {}) if single else {}
+        values = [point.get(key, space.fixed.get(key, TrialSettings().density))]
+        space, keep_points = dataclasses.replace(space, fixed=space.fixed | {key: values[0]}), True
     members = []
     named: list[float | None] = [*values] or [None]
     for density in named:
         # Emergent density has no setting; the one asked for is recorded where others have theirs.
         keys = (key, "density") if key == DENSITY_BOUND else (key,)
-        own = one
+        own = space
         if density is not None and not keep_points:
-            own = one.fix(dict.fromkeys(keys, density))
-        settings = config.build({**common, **own.fixed, **bounds, "method": one.method})
-        name = f"{common.get('name', '')}/{one.name}"
+            own = space.fix(dict.fromkeys(keys, density))
+        settings = config.build({**common, **own.fixed, **bounds, "method": space.method})
+        name = f"{common.get('name', '')}/{space.name}"
         members.append(
             Member(name if density is None else f"{name}@{density:g}", own, settings, density)
         )
@@ -240,19 +242,19 @@ def _members(
 
 
 def _emergent(
-    one: Space, common: Mapping[str, Any], densities: list[float]
+    space: Space, common: Mapping[str, Any], densities: list[float]
 ) -> tuple[Space, list[float]]:
     """Density as a constraint: the user's, else as asked for, else the space's own."""
     if DENSITY_BOUND in common:
-        return one, [common[DENSITY_BOUND]]
+        return space, [common[DENSITY_BOUND]]
     objective = common.get("objective", "")
-    if densities or DENSITY_BOUND not in one.fixed:
-        return one, densities
+    if densities or DENSITY_BOUND not in space.fixed:
+        return space, densities
     if "density/all" in (objective if isinstance(objective, list) else [objective]):
         # Where the density is searched for, the file's bound would only cut the front off.
-        fixed = {key: value for key, value in one.fixed.items() if key != DENSITY_BOUND}
-        return dataclasses.replace(one, fixed=fixed), []
-    return one, [one.fixed[DENSITY_BOUND]]
+        fixed = {key: value for key, value in space.fixed.items() if key != DENSITY_BOUND}
+        return dataclasses.replace(space, fixed=fixed), []
+    return space, [space.fixed[DENSITY_BOUND]]
 
 
 def _check_place(name: str, storage: Path) -> None:
@@ -273,7 +275,7 @@ def _check_place(name: str, storage: Path) -> None:
         )
     if isinstance(storage, S3Path):
         return
-    above = next(each for each in folder.absolute().parents if os.path.lexists(each))
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
     if not above.is_dir() or not _writable(above):
         what = "cannot be written to" if above.is_dir() else "is no folder"
         raise ValueError(f"storage: {above} {what}; give storage=FOLDER, or set SPARSETUNE_STORAGE")

@@ -1,4 +1,8 @@
-"""The one live table of a sweep: trials done and running, the best so far, the time left."""
+"""The one live table of a sweep: trials done and running, the best so far, the time left.
+
+The rule to know: it looks at the journals' records whenever it is called, and remembers nothing of
+them.
+"""
 
 from __future__ import annotations
 

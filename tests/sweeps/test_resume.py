@@ -180,15 +180,13 @@ def test_changed_code_of_a_method_is_refused_with_its_version(
     assert "\nsparsetune/methods/set.py differs\ninstall that version, or begin" in said
 
 
-def test_a_changed_method_of_the_users_is_refused_with_its_lines(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_method_of_the_users_is_refused_with_its_lines(here: Path) -> None:
     text = (Path(__file__).parents[2] / "examples/mest.py").read_text()
     rule, file = here / "resumedmest.py", here / "spaces/own.yaml"
     file.parent.mkdir()
     rule.write_text(text)
     file.write_text("method: resumedmest:METHOD\nsearch: {prune_fraction: {low: 0.1, high: 0.5}}\n")
-    folder = begun(monkeypatch, str(file), "name=a", "density=0.2", *TOY)
+    folder = begun(str(file), "name=a", "density=0.2", *TOY)
     code = journal.header(folder / "own@0.2")["code"]
     assert code["users"] == {"resumedmest.py": text}
     files = {Path(file).stem for file in code["method"]}  # ours, which apply it
@@ -594,7 +592,7 @@ def environment() -> dict[str, str]:
     [
         ("search.study", "MemberStudy", "suggest", 2),  # the searcher
         ("search.study", "MemberStudy", "report", 3),  # the scheduler
-        ("watch", "Watch", "tick", 5),  # a callback
+        ("cluster.watch", "Watch", "tick", 5),  # a callback
     ],
 )
 def test_a_bug_of_ours_ends_the_sweep_with_its_traceback(
