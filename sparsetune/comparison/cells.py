@@ -7,7 +7,6 @@ of its search a cell has what it cost.
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from sparsetune.comparison.winners import (
     confirmations,
     excess,
     group_of,
+    mean_metrics,
     paper_trial,
     role,
     seed_of,
@@ -98,8 +98,7 @@ def sources(storage: Path, name: str) -> list[Source]:
     # A member's scheduling follows from all members of its sweep, named here or not.
     everybody = member_folders(storage, name.partition("/")[0])
     headers = [journal.header(folder)["member"] for folder in everybody]
-    members = [Member.from_header(header) for header in headers]
-    stopping = scheduling(members)
+    stopping = scheduling([Member.from_header(header) for header in headers])
     made = []
     for folder in member_folders(storage, name):
         member, record = load_member(folder)
@@ -108,11 +107,8 @@ def sources(storage: Path, name: str) -> list[Source]:
             runs = journal.load(path) if path else None
             space = called(member.space.name, multiplier)
             served = runs.header["confirm"]["densities"] if runs else [member.density]
-            made += [
-                Source(space, folder, member, record, runs, stopping, density, len(served),
-                       multiplier)
-                for density in served
-            ]  # fmt: skip
+            head = space, folder, member, record, runs, stopping
+            made += [Source(*head, density, len(served), multiplier) for density in served]
     return made
 
 
@@ -219,18 +215,16 @@ def _line(source: Source, wanted: Role) -> Line | None:
     if not served or source.runs is None:
         return None
     last = [trial.reports[-1].metrics for trial in served if trial.status == "finished"]
-    keys = last[0] if last else {}
-    mean = {key: statistics.fmean(metrics[key] for metrics in last) for key in keys}
+    mean = mean_metrics(last) if last else {}
     layers = {key.removeprefix(LAYER): mean[key] for key in mean if key.startswith(LAYER)}
     settings, trial = source.of_trial(wanted.number), source.record.trials[wanted.number]
     density, parameters, flops = mean.get(DENSITY_METRIC), None, None
     if layers:
         network = network_of(source.record.header, settings.model)
         if network is not None:
-            sizes = network.sizes
-            parameters = sum(layers[name] * size for name, size in sizes.items())
+            parameters = sum(layers[name] * size for name, size in network.sizes.items())
             flops = sum(layers.get(name, 1.0) * dense for name, dense in network.flops.items())
-            if network.whole != sum(sizes.values()):
+            if network.whole != sum(network.sizes.values()):
                 density = parameters / network.whole
         elif settings.model.match_density:  # it is a share of another network's weights
             density = None
@@ -241,7 +235,10 @@ def _line(source: Source, wanted: Role) -> Line | None:
         seeds=[seed_of(run) for run in served],
         statuses=[run.status for run in served],
         test=[(run.test or {}).get("test/accuracy") for run in served],
-        validation=[_last(run, "val/accuracy") for run in ranked],
+        validation=[
+            run.reports[-1].metrics.get("val/accuracy") if run.status == "finished" else None
+            for run in ranked
+        ],
         density=density,
         density_sparse=mean.get("density/sparse"),
         layers=layers,
@@ -251,10 +248,6 @@ def _line(source: Source, wanted: Role) -> Line | None:
         device_seconds=_device_seconds({t.number: t for t in [*served, *ranked]}.values()),
         curves=_curves(served, ranked),
     )
-
-
-def _last(trial: Trial, metric: str) -> float | None:
-    return trial.reports[-1].metrics.get(metric) if trial.status == "finished" else None
 
 
 def _device_seconds(trials: Iterable[Trial]) -> float:

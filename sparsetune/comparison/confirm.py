@@ -173,18 +173,13 @@ def _check_same(search: Writable, header: dict[str, Any], asked: Asked, folder: 
             "test images may have been read for the best of the first ones. To confirm anew, "
             f"{_moved(folder)}"
         )
+    choose = f"leave it out to go on, or begin anew: {_moved(folder)}"
     for key in ("top", "full"):
         wanted = getattr(asked, key)
         if wanted is not None and wanted != header[key]:
-            raise ValueError(
-                f"{key}: {name} is being confirmed with {key}={header[key]}; leave it out to go "
-                f"on, or begin anew: {_moved(folder)}"
-            )
+            raise ValueError(f"{key}: {name} is being confirmed with {key}={header[key]}; {choose}")
     if is_front(search.member) and asked.density and asked.density != header["densities"]:
-        raise ValueError(
-            f"density: {name} is being confirmed at {header['densities']}; leave it out to go on, "
-            f"or begin anew: {_moved(folder)}"
-        )
+        raise ValueError(f"density: {name} is being confirmed at {header['densities']}; {choose}")
     own, first = search.member.settings.seed, header["seeds"][0]
     if first <= own < first + (asked.seeds or 0):
         raise ValueError(
@@ -214,7 +209,8 @@ def _runs_member(member: Member, multiplier: int) -> Member:
 
 def _wanted(confirmation: Confirmation) -> list[Point]:
     """The runs that are there, and after them those that are missing, as far as is known yet."""
-    asked, winners, full = confirmation.header, confirmation.winners, confirmation.header["full"]
+    search, asked = confirmation.search.journal.record, confirmation.header
+    winners, full = confirmation.winners, asked["full"]
     begun = [
         Point(str(role(run)), run.params, run.fixed, in_study=False)
         for run in confirmation.record.trials.values()
@@ -230,19 +226,17 @@ def _wanted(confirmation: Confirmation) -> list[Point]:
     if None not in winners:
         best = sorted(number for number in winners if number is not None)
         roles = [Role("final", number) for number in best] if full else []
-        paper = paper_trial(confirmation.search.journal.record)
+        paper = paper_trial(search)
         roles += [Role("paper", paper)] if paper is not None and paper not in winners else []
         wanted += itertools.product(seeds, roles)
-    points = [_run(confirmation, purpose, seed) for seed, purpose in wanted]
+    points = []
+    for seed, purpose in wanted:
+        trial = search.trials[purpose.number]
+        fixed = trial.fixed | {"seed": seed, "order_seed": seed}
+        if purpose.name != "rank" and full:
+            fixed["data.validation"] = 0.0
+        points.append(Point(str(purpose), trial.params, fixed, in_study=False))
     return begun + [point for point in points if point not in begun]
-
-
-def _run(confirmation: Confirmation, purpose: Role, seed: int) -> Point:
-    trial = confirmation.search.journal.record.trials[purpose.number]
-    fixed = trial.fixed | {"seed": seed, "order_seed": seed}
-    if purpose.name != "rank" and confirmation.header["full"]:
-        fixed["data.validation"] = 0.0
-    return Point(str(purpose), trial.params, fixed, in_study=False)
 
 
 # Running it ---------------------------------------------------------------------------------------
@@ -261,8 +255,7 @@ class _Recording(Recording):
         purpose = role(trial)
         result = purpose.name != "rank"
         if not result and not confirmation.header["full"]:
-            winners = confirmation.winners
-            if None in winners:
+            if None in (winners := confirmation.winners):
                 return None  # whether it serves as a final run is not known before
             result = purpose.number in winners
         group = group_of(confirmation.search.member, confirmation.record, purpose)
@@ -343,8 +336,7 @@ def run(confirmations: list[Confirmation]) -> dict[str, Any]:
     """Trains the runs that are missing, reads what is to be tested; prints and returns what came
     of it. ClusterError as in `sweeps.run`."""
     first = confirmations[0].search
-    folder = first.folder.parent
-    check_cluster(first.member.settings.ray, folder)
+    check_cluster(first.member.settings.ray, first.folder.parent)
     note_driver([confirmation.runs for confirmation in confirmations])
     recording = _Recording(confirmations)
     with Progress({c.runs.member.name: (None, c.record) for c in confirmations}) as bar:
@@ -361,7 +353,7 @@ def run(confirmations: list[Confirmation]) -> dict[str, Any]:
     upload = recording.tracker.close()
     for problem in recording.tracker.problems:
         print(problem, file=sys.stderr)
-    return _close(folder, confirmations, upload, watch.leaving_since is not None)
+    return _close(confirmations, upload, watch.leaving_since is not None)
 
 
 def command(confirmations: list[Confirmation]) -> str:
@@ -376,11 +368,10 @@ def command(confirmations: list[Confirmation]) -> str:
 
 def _extend(confirmation: Confirmation) -> bool:
     """Has the confirmation runs to train? Those that are known by now are asked for."""
-    record, num = confirmation.record, len(_wanted(confirmation))
-    while num < record.asked and None not in confirmation.winners:
+    record = confirmation.record
+    while (num := len(_wanted(confirmation))) < record.asked and None not in confirmation.winners:
         # Journals of version 0.1.0 say how many runs were asked for, and not of how many seeds.
         confirmation.set_seeds(confirmation.num_seeds + 1)
-        num = len(_wanted(confirmation))
     if num > record.asked:
         confirmation.runs.journal.append({"type": "extend", "trials": num})
     return not is_done(record)
@@ -408,9 +399,8 @@ def read_tests(confirmation: Confirmation, watch: Watch) -> None:
         watch.tick()
 
 
-def _close(
-    folder: Path, confirmations: list[Confirmation], upload: str | None, left: bool
-) -> dict[str, Any]:
+def _close(confirmations: list[Confirmation], upload: str | None, left: bool) -> dict[str, Any]:
+    folder = confirmations[0].search.folder.parent
     members: list[dict[str, Any]] = []
     for confirmation in confirmations:
         name, tested = confirmation.search.name, _tested(confirmation)

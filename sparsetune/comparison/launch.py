@@ -44,17 +44,14 @@ def carry_out(words: Sequence[str], retry_failed: bool = False) -> dict[str, Any
     """What `sparsetune confirm` does that these words follow."""
     with ExitStack() as stack:
         with refusals():
-            names, settings = split(words)
-            own = [word for word in settings if word.partition("=")[0] in confirmation.KEYS]
+            own = [word for word in split(words)[1] if word.partition("=")[0] in confirmation.KEYS]
             asked = confirmation.parse(own)
-            rest = [word for word in settings if word not in own]
-            name, places = named([*names, *rest], PLACES)
+            name, places = named((word for word in words if word not in own), PLACES)
             storage = places.pop("storage")
             if not name:
                 raise ValueError("confirm: give the name of a sweep, or SWEEP/MEMBER")
             wanted = Extension(places=places, retry_failed=retry_failed)
-            confirmations = stack.enter_context(
-                confirmation.begun(storage, name, asked, wanted, words)
-            )
+            begun = confirmation.begun(storage, name, asked, wanted, words)
+            confirmations = stack.enter_context(begun)
         with going_on(confirmation.command(confirmations)):
             return confirmation.run(confirmations)
