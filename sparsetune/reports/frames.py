@@ -77,7 +77,9 @@ def _rows(kind: str, record: journal.Record, member: Member, keys: list[str]) ->
     for trial in record.trials.values():
         own = settings | trial.params | trial.fixed
         row = _named(member, trial, kind) | {"seed": own["seed"]}
-        row |= {f"config.{key}": _plain(own.get(key)) for key in keys}
+        for key in keys:  # what can be grouped by: a list as its text
+            value = own.get(key)
+            row[f"config.{key}"] = str(value) if isinstance(value, (list, dict)) else value
         for epoch, metrics, _ in trial.reports:
             tested = (trial.test or {}) if epoch == len(trial.reports) else {}
             yield row | metrics | tested | {"epoch": epoch}
@@ -99,11 +101,6 @@ def _named(member: Member, trial: Trial, kind: str) -> Row:
         "role": name,
         "status": trial.status,
     }
-
-
-def _plain(value: Any) -> Any:
-    """What can be grouped by: a list as its text."""
-    return str(value) if isinstance(value, (list, dict)) else value
 
 
 def _type(values: pd.Series[Any]) -> str:

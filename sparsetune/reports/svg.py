@@ -11,6 +11,7 @@ colours, widths and values put in afterwards.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -133,6 +134,11 @@ def attributes(**values: object) -> str:
     )
 
 
+def group(look: Look, kind: str = "", **data: object) -> str:
+    """The tag that begins a mark of the series; `</g>` ends it."""
+    return f"<g{attributes(class_=f'{look.css} {kind}'.strip(), data_series=look.name, **data)}>"
+
+
 def text(x: float, y: float, content: str, css: str = "", anchor: str = "") -> str:
     where = attributes(x=digits(x), y=digits(y), class_=css or None, text_anchor=anchor or None)
     return f"<text{where}>{escape(content)}</text>"
@@ -183,8 +189,7 @@ class Chart:
             data_x=" ".join(f"{x:.6g}" for x, _ in points),
             data_y=" ".join(f"{y:.6g}" for _, y in points),
         )
-        series = attributes(class_=f"{look.css} {kind}".strip(), data_series=look.name)
-        self.back.append(f'<g{series}><path class="l" d="M{path}"{values}/></g>')
+        self.back.append(f'{group(look, kind)}<path class="l" d="M{path}"{values}/></g>')
         if label:
             self.label(look, *points[-1], label)
 
@@ -199,8 +204,7 @@ class Chart:
         again = [f"{digits(self.px(xs[n]))} {digits(self.py(lows[n]))}" for n in reversed(kept)]
         if kept:
             path = "L".join(there + again)
-            series = attributes(class_=look.css, data_series=look.name, **data)
-            self.back.insert(0, f'<g{series}><path class="b" d="M{path}z"/></g>')
+            self.back.insert(0, f'{group(look, "", **data)}<path class="b" d="M{path}z"/></g>')
 
     def point(
         self, look: Look, x: float, y: float, says: str, kind: str = "", size: float = 3.2,
@@ -214,15 +218,11 @@ class Chart:
         elif low is not None and high is not None:
             ends = [max(self.top, min(edge, self.py(v))) for v in (low, high)]
             bar = f"M{digits(left)} {digits(ends[0])}V{digits(ends[1])}"
-            series = attributes(class_=f"{look.css} {kind}".strip(), data_series=look.name)
-            self.front.append(f'<g{series}><path class="e" d="{bar}"/></g>')
+            self.front.append(f'{group(look, kind)}<path class="e" d="{bar}"/></g>')
         place = f"translate({digits(left)} {digits(top)}) scale({digits(size)})"
-        values = attributes(
-            class_=f"{look.css} {kind}".strip(), data_series=look.name,
-            data_x=x, data_y=y, data_low=low, data_high=high,
-        )  # fmt: skip
         self.front.append(
-            f'<g{values}><title>{escape(says)}</title><path class="p" d="{mark or look.mark}" '
+            f"{group(look, kind, data_x=x, data_y=y, data_low=low, data_high=high)}"
+            f'<title>{escape(says)}</title><path class="p" d="{mark or look.mark}" '
             f'transform="{place}"/></g>'
         )
 
@@ -279,26 +279,26 @@ def _svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
     return f'<svg class="chart" viewBox="{size}" role="img"{label}>{"".join(parts)}</svg>\n'
 
 
-def bars(look: Look, title: str, rows: dict[str, list[tuple[str, float]]], top: float) -> str:
-    """One bar per row, the mean of its values, which are the points on it."""
+def bars(look: Look, rows: dict[str, list[tuple[str, float]]]) -> str:
+    """One bar per row, the mean of its values in 0..1, which are the points on it."""
     left = 8 + LETTER * max(map(len, rows), default=0)
     wide = WIDTH - left - 44
-    parts = [text(0, 11, title, "t")]
+    parts = [text(0, 11, look.name, "t")]
     for n, (name, values) in enumerate(rows.items()):
-        mean = sum(value for _, value in values) / len(values)
+        mean = statistics.fmean(value for _, value in values)
         y = 24 + n * 16
         parts.append(text(left - 5, y + 8, name, "k", "end"))
-        row = attributes(class_=look.css, data_series=look.name, data_row=name, data_y=mean)
-        shape = f"M{digits(left)} {y}h{digits(wide * mean / top)}v10H{digits(left)}z"
-        parts.append(f'<g{row}><path class="bar" d="{shape}"/>')
+
+        shape = f"M{digits(left)} {y}h{digits(wide * mean)}v10H{digits(left)}z"
+        begin = group(look, data_row=name, data_y=mean)
+        parts.append(f'{begin}<path class="bar" d="{shape}"/>')
         for says, value in values:
-            x, said = left + wide * value / top, escape(f"{says}: {value:.2f}")
+            x, said = left + wide * value, escape(f"{says}: {value:.2f}")
             parts.append(f"<g{attributes(data_y=value)}><title>{said}</title>")
             parts.append(f'<circle class="o" cx="{digits(x)}" cy="{y + 5}" r="2.2"/></g>')
-        parts.append("</g>")
-        beyond = left + wide * max(v for _, v in values) / top + 6
-        parts.append(text(beyond, y + 8.5, f"{mean:.2f}", "k"))
-    return _svg(WIDTH, 28 + 16 * len(rows), title, parts)
+        beyond = left + wide * max(value for _, value in values) + 6
+        parts += ["</g>", text(beyond, y + 8.5, f"{mean:.2f}", "k")]
+    return _svg(WIDTH, 28 + 16 * len(rows), look.name, parts)
 
 
 def parallel(
@@ -318,26 +318,19 @@ def parallel(
                 pieces.append([])
                 continue
             x = left + max(0.0, min(1.0, axis.share(value))) * (right - left)
-            if axis.at:  # choices: lines that would hide each other
-                x += _aside(place)
+            if axis.at:  # choices: lines would hide each other, so each has one of 13 places there
+                x += (place * 7 % 13 - 6) * 1.6
             pieces[-1].append(f"{digits(x)} {digits(y)}")
         path = "".join(f"M{'L'.join(piece)}" for piece in pieces if len(piece) > 1)
         shown = " ".join("" if v is None else f"{v:.6g}" for v in values)
-        series = attributes(class_=f"{look.css} {kind}", data_series=look.name, data_y=shown)
-        parts.append(f"<g{series}><title>{escape(says)}</title>")
+        parts.append(f"{group(look, kind, data_y=shown)}<title>{escape(says)}</title>")
         parts.append(f'<path class="l" d="{path}"/></g>')
     for axis, y in zip(axes, heights, strict=True):
         parts.append(f'<path class="a" d="M{digits(left)} {digits(y)}H{digits(right)}"/>')
         parts.append(text(left, y - 6, axis.label, "s halo"))
-        ticks = axis.at or [axis.low, axis.high]
-        for tick in ticks:
+        for tick in axis.at or [axis.low, axis.high]:
             x = left + axis.share(tick) * (right - left)
             anchor = "middle" if axis.at else "start" if tick == axis.low else "end"
             parts.append(f'<path class="a" d="M{digits(x)} {digits(y - 3)}v6"/>')
             parts.append(text(x, y + 13, axis.form(tick), "k halo", anchor))
     return _svg(WIDTH, heights[-1] + 20, title, parts)
-
-
-def _aside(place: int) -> float:
-    """How far this line is moved along an axis: to one of 13 places, no two lines in a row near."""
-    return (place * 7 % 13 - 6) * 1.6

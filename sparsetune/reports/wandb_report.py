@@ -222,12 +222,8 @@ def _curve(metric: str, cells: list[Cell]) -> wr.LinePlot:
 
 
 def _bars(cells: list[Cell]) -> wr.BarPlot:
-    return wr.BarPlot(
-        title=f"{ACCURACY}, mean and deviation over seeds",
-        metrics=[ACCURACY],
-        max_bars_to_show=_runs(cells),
-        **_over_seeds(cells),
-    )
+    title, over = f"{ACCURACY}, mean and deviation over seeds", _over_seeds(cells)
+    return wr.BarPlot(title=title, metrics=[ACCURACY], max_bars_to_show=_runs(cells), **over)
 
 
 def _over_seeds(cells: list[Cell]) -> dict[str, Any]:
@@ -255,15 +251,9 @@ def _searches(sources: dict[str, _Source], own: str) -> Iterable[Any]:
             running_ymax=direction == "maximize",
             running_ymin=direction == "minimize",
         )
-        runset = _runset(
-            source.place,
-            own,
-            "search runs",
-            [],
-            JobType=[member.traits.name],
-            Group=[name.partition("/")[0]],
-            member=[name],
-        )
+        sweep = name.partition("/")[0]
+        of = {"JobType": [member.traits.name], "Group": [sweep], "member": [name]}
+        runset = _runset(source.place, own, "search runs", [], **of)
         panels = [
             wr.ParallelCoordinatesPlot(columns, title="searched keys"),
             wr.ParameterImportancePlot(objective),
