@@ -59,7 +59,45 @@ class Source:
 
     @cached_property
     def cell(self) -> Cell:
-        return _cell(self)
+        member, number = self.member, self.winner
+        state, note = _state(self)
+        chosen = paper = None
+        variant: dict[str, Any] = member.settings.variant
+        if self.runs is not None and number is not None:
+            chosen = _line(self, Role(serving(self.runs), number))
+            variant = self.of_trial(number).variant
+            untuned = paper_trial(self.record)
+            if untuned is not None:
+                paper = _line(self, Role("paper", untuned))
+                paper = paper or (chosen if untuned == number else None)
+            over = _over(self, chosen)
+            if state == "confirmed" and over > SLACK:
+                state = "infeasible"
+                note = f"its runs are {over:.1%} above the density that was asked for"
+        values = chosen.accuracies if chosen else []
+        papers = paper.accuracies if paper else []
+        name = called(member.name, self.multiplier)
+        if self.density is not None and member.density is None:
+            name += f"@{self.density:g}"
+        return Cell(
+            name=name,
+            space=self.space,
+            sweep=member.name.partition("/")[0],
+            member=member.name,
+            method=member.traits.name,
+            density=self.density,
+            state=state,
+            note=note,
+            dense_gradient=member.traits.dense_gradient(variant),  # type: ignore[arg-type]
+            begins=member.traits.begins,  # type: ignore[arg-type]
+            tuning=_tuning(self),
+            chosen=chosen,
+            paper=paper,
+            mean=intervals.mean(values) if len(values) > 1 else None,
+            iqm=intervals.iqm(values) if len(values) > 1 else None,
+            paper_mean=intervals.mean(papers) if len(papers) > 1 else None,
+            multiplier=self.multiplier,
+        )
 
     @cached_property
     def winner(self) -> int | None:
@@ -86,12 +124,6 @@ class Source:
         """What to type to confirm it."""
         return command_for(self.folder.parent, self.multiplier)
 
-    @property
-    def newest(self) -> float:
-        """When its last run or trial ended."""
-        trials = [*self.record.trials.values(), *(self.runs.trials.values() if self.runs else ())]
-        return max((trial.ended or 0.0 for trial in trials), default=0.0)
-
 
 def sources(storage: Path, name: str) -> list[Source]:
     """Of a sweep, or of one member: one for each density at which it was confirmed."""
@@ -110,48 +142,6 @@ def sources(storage: Path, name: str) -> list[Source]:
             head = space, folder, member, record, runs, stopping
             made += [Source(*head, density, len(served), multiplier) for density in served]
     return made
-
-
-def _cell(source: Source) -> Cell:
-    member, number = source.member, source.winner
-    state, note = _state(source)
-    chosen = paper = None
-    variant: dict[str, Any] = member.settings.variant
-    if source.runs is not None and number is not None:
-        chosen = _line(source, Role(serving(source.runs), number))
-        variant = source.of_trial(number).variant
-        untuned = paper_trial(source.record)
-        if untuned is not None:
-            paper = _line(source, Role("paper", untuned))
-            paper = paper or (chosen if untuned == number else None)
-        over = _over(source, chosen)
-        if state == "confirmed" and over > SLACK:
-            state = "infeasible"
-            note = f"its runs are {over:.1%} above the density that was asked for"
-    values = chosen.accuracies if chosen else []
-    papers = paper.accuracies if paper else []
-    name = called(member.name, source.multiplier)
-    if source.density is not None and member.density is None:
-        name += f"@{source.density:g}"
-    return Cell(
-        name=name,
-        space=source.space,
-        sweep=member.name.partition("/")[0],
-        member=member.name,
-        method=member.traits.name,
-        density=source.density,
-        state=state,
-        note=note,
-        dense_gradient=member.traits.dense_gradient(variant),  # type: ignore[arg-type]
-        begins=member.traits.begins,  # type: ignore[arg-type]
-        tuning=_tuning(source),
-        chosen=chosen,
-        paper=paper,
-        mean=intervals.mean(values) if len(values) > 1 else None,
-        iqm=intervals.iqm(values) if len(values) > 1 else None,
-        paper_mean=intervals.mean(papers) if len(papers) > 1 else None,
-        multiplier=source.multiplier,
-    )
 
 
 def _state(source: Source) -> tuple[State, str]:

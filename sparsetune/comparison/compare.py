@@ -144,11 +144,12 @@ def _paired(a: Line, b: Line) -> bool:
 def _about(compared: list[Source]) -> dict[str, Any]:
     """What a reader needs to run it again: rule 14."""
     first = compared[0].member.settings
-    headers = [source.record.header for source in compared]
-    headers += [source.runs.header for source in compared if source.runs]
+    records = [source.record for source in compared]
+    records += [source.runs for source in compared if source.runs]
+    ends = (trial.ended or 0.0 for record in records for trial in record.trials.values())
 
     def different(key: str) -> list[Any]:
-        values = [header.get(key) for header in headers]
+        values = [record.header.get(key) for record in records]
         return [value for n, value in enumerate(values) if value and value not in values[:n]]
 
     return {
@@ -162,5 +163,5 @@ def _about(compared: list[Source]) -> dict[str, Any]:
         "seed": first.seed,
         "scheduler": compared[0].scheduling.reason,
         "spaces": {source.cell.name: source.member.space.to_dict() for source in compared},
-        "newest": max((source.newest for source in compared), default=0.0),
+        "newest": max(ends, default=0.0),
     }

@@ -17,11 +17,11 @@ from sparsetune.comparison.compare import Match, compare
 from sparsetune.comparison.values import Comparison
 from sparsetune.reports import search_figures, tables
 from sparsetune.reports.figures import Figure, Results, sparsity
-from sparsetune.reports.search_figures import Search, short
+from sparsetune.reports.search_figures import Search
 from sparsetune.reports.svg import style
 from sparsetune.reports.tables import Column, Section, Table, best_first, percent
 from sparsetune.space.words import storage_folder
-from sparsetune.terminal import settings_shown, shown
+from sparsetune.terminal import settings_shown, short, shown
 
 OURS = '<meta name="generator" content="sparsetune report">'
 

@@ -24,7 +24,7 @@ from sparsetune.space.space import Dimension
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
-from sparsetune.terminal import settings_shown, shown
+from sparsetune.terminal import settings_shown, short, shown
 
 ENOUGH = 10  # finished trials, for an importance
 GOOD = 0.25  # of a search's trials count as good ones
@@ -140,10 +140,6 @@ def _parallel(searches: list[Search]) -> str:
             lines.append((search.look, [*values, accuracy(trial)], kind, says))
     lines.sort(key=lambda line: line[2], reverse=True)  # the good ones above
     return parallel(searches[0].look.name, axes, lines)
-
-
-def short(key: str) -> str:
-    return key.partition(".")[2] if key.startswith(("hp.", "variant.", "optimizer.")) else key
 
 
 def _axis(key: str, dimension: Dimension) -> Axis:
