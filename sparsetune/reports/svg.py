@@ -160,16 +160,16 @@ class Chart:
     def __post_init__(self) -> None:
         self.left = 12 + LETTER * max(len(self.y.form(tick)) for tick in self.y.ticks())
         self.left += 12 if self.y.label else 0
-        self.right = 12 + LETTER * min(18, max(map(len, self.names), default=0))
-        self.top, self.bottom = (20.0 if self.title else 8.0), (34.0 if self.x.label else 20.0)
+        right = 12 + LETTER * min(18, max(map(len, self.names), default=0))
+        self.top, self.end = 20.0 if self.title else 8.0, self.width - right
+        self.edge = self.height - (34.0 if self.x.label else 20.0)
 
     def px(self, value: float) -> float:
-        return self.left + self.x.share(value) * (self.width - self.left - self.right)
+        return self.left + self.x.share(value) * (self.end - self.left)
 
     def py(self, value: float) -> float:
-        low = self.height - self.bottom
         share = max(-9.0, min(9.0, self.y.share(value)))  # far out is far enough
-        return low - share * (low - self.top)
+        return self.edge - share * (self.edge - self.top)
 
     def _kept(self, num: int) -> list[int]:
         """Of so many points of a line those that are drawn: one every four units at most."""
@@ -212,11 +212,10 @@ class Chart:
     ) -> None:  # fmt: skip
         """A mark, with its interval. One that is below the picture stands at its lower edge."""
         left, top = self.px(x) + shift, self.py(y)
-        edge = self.height - self.bottom
-        if top > edge + 0.1:
-            mark, top, kind, self.below = BELOW, edge - 4, f"{kind} beyond".strip(), True
+        if top > self.edge + 0.1:
+            mark, top, kind, self.below = BELOW, self.edge - 4, f"{kind} beyond".strip(), True
         elif low is not None and high is not None:
-            ends = [max(self.top, min(edge, self.py(v))) for v in (low, high)]
+            ends = [max(self.top, min(self.edge, self.py(v))) for v in (low, high)]
             bar = f"M{digits(left)} {digits(ends[0])}V{digits(ends[1])}"
             self.front.append(f'{group(look, kind)}<path class="e" d="{bar}"/></g>')
         place = f"translate({digits(left)} {digits(top)}) scale({digits(size)})"
@@ -227,50 +226,46 @@ class Chart:
         )
 
     def svg(self) -> str:
-        edge, end = self.height - self.bottom, self.width - self.right
-        x, y, w, h = map(digits, (self.left, self.top, end - self.left, edge - self.top))
+        size = self.end - self.left, self.edge - self.top
+        x, y, w, h = map(digits, (self.left, self.top, *size))
         clip = f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}">'
-        back = [*self._grid(edge, end), clip, *self.back, "</svg>"]
-        parts = [*back, *self.front, *self._spread(edge)]
+        parts = [*self._grid(), clip, *self.back, "</svg>", *self.front, *self._spread()]
         return _svg(self.width, self.height, self.title, parts)
 
-    def _grid(self, edge: float, end: float) -> Iterable[str]:
+    def _grid(self) -> Iterable[str]:
         if self.title:
             yield text(0, 11, self.title, "t")
         for tick in self.y.ticks():
             y = self.py(tick)
-            yield f'<path class="g" d="M{digits(self.left)} {digits(y)}H{digits(end)}"/>'
+            yield f'<path class="g" d="M{digits(self.left)} {digits(y)}H{digits(self.end)}"/>'
             yield text(self.left - 4, y + 3.5, self.y.form(tick), "k", "end")
-        yield f'<path class="a" d="M{digits(self.left)} {digits(edge)}H{digits(end)}"/>'
+        yield f'<path class="a" d="M{digits(self.left)} {digits(self.edge)}H{digits(self.end)}"/>'
         for tick in self.x.ticks():
             x = self.px(tick)
-            yield f'<path class="a" d="M{digits(x)} {digits(edge)}v3"/>'
-            yield text(x, edge + 13, self.x.form(tick), "k", "middle")
+            yield f'<path class="a" d="M{digits(x)} {digits(self.edge)}v3"/>'
+            yield text(x, self.edge + 13, self.x.form(tick), "k", "middle")
         if self.x.label:
-            middle = (self.left + end) / 2
-            yield text(middle, self.height - 5, self.x.label, "k", "middle")
+            yield text((self.left + self.end) / 2, self.height - 5, self.x.label, "k", "middle")
         if self.y.label:
-            middle = (self.top + edge) / 2
-            turned = f"translate(9 {digits(middle)}) rotate(-90)"
+            turned = f"translate(9 {digits((self.top + self.edge) / 2)}) rotate(-90)"
             yield f'<text class="k" text-anchor="middle" transform="{turned}">'
             yield f"{escape(self.y.label)}</text>"
 
-    def _spread(self, edge: float) -> Iterable[str]:
+    def _spread(self) -> Iterable[str]:
         """Labels from top to bottom, each at the end of its line or as near as there is room."""
         labels = sorted(self.labels, key=lambda label: label[1])
-        places = [max(self.top + 2, min(edge - 2, y)) for _, y, _, _ in labels]
+        places = [max(self.top + 2, min(self.edge - 2, y)) for _, y, _, _ in labels]
         for n in range(1, len(places)):
             places[n] = max(places[n], places[n - 1] + LINE)
-        limit = edge + 6
+        limit = self.edge + 6
         for n in reversed(range(len(places))):
             places[n] = limit = min(places[n], limit)
             limit -= LINE
-        end = self.width - self.right + 8
         for (x, y, content, css), place in zip(labels, places, strict=True):
-            y = max(self.top, min(edge, y))
-            way = f"M{digits(x + 4)} {digits(y)}L{digits(end - 1)} {digits(place)}"
+            y = max(self.top, min(self.edge, y))
+            way = f"M{digits(x + 4)} {digits(y)}L{digits(self.end + 7)} {digits(place)}"
             yield f'<g class="{css}"><path class="w" d="{way}"/>'
-            yield text(end, place + 3.5, content, "s") + "</g>"
+            yield text(self.end + 8, place + 3.5, content, "s") + "</g>"
 
 
 def _svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
