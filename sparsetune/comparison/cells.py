@@ -14,23 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparsetune.comparison import intervals
+from sparsetune.comparison import intervals, winners
 from sparsetune.comparison.values import SLACK, Cell, Line, State, Tuning, called
-from sparsetune.comparison.winners import (
-    DENSITY_METRIC,
-    Role,
-    candidates,
-    command_for,
-    confirmations,
-    excess,
-    group_of,
-    mean_metrics,
-    paper_trial,
-    role,
-    seed_of,
-    serving,
-    winner,
-)
+from sparsetune.comparison.winners import DENSITY_METRIC, Role, role, seed_of
 from sparsetune.settings import TrialSettings
 from sparsetune.space.member import Member, Scheduling, load_member, scheduling
 from sparsetune.space.networks import network_of
@@ -64,9 +50,9 @@ class Source:
         chosen = paper = None
         variant: dict[str, Any] = member.settings.variant
         if self.runs is not None and number is not None:
-            chosen = _line(self, Role(serving(self.runs), number))
+            chosen = _line(self, Role(winners.serving(self.runs), number))
             variant = self.of_trial(number).variant
-            untuned = paper_trial(self.record)
+            untuned = winners.paper_trial(self.record)
             if untuned is not None:
                 paper = _line(self, Role("paper", untuned))
                 paper = paper or (chosen if untuned == number else None)
@@ -102,7 +88,7 @@ class Source:
     @cached_property
     def winner(self) -> int | None:
         """The number of its trial in the search."""
-        return winner(self.member, self.runs, self.density) if self.runs else None
+        return winners.winner(self.member, self.runs, self.density) if self.runs else None
 
     @cached_property
     def settings(self) -> TrialSettings:
@@ -122,7 +108,7 @@ class Source:
     @property
     def confirm(self) -> str:
         """What to type to confirm it."""
-        return command_for(self.folder.parent, self.multiplier)
+        return winners.command_for(self.folder.parent, self.multiplier)
 
 
 def sources(storage: Path, name: str) -> list[Source]:
@@ -134,7 +120,7 @@ def sources(storage: Path, name: str) -> list[Source]:
     made = []
     for folder in member_folders(storage, name):
         member, record = load_member(folder)
-        confirmed: dict[int, Path | None] = {**confirmations(folder)}
+        confirmed: dict[int, Path | None] = {**winners.confirmations(folder)}
         for multiplier, path in (confirmed or {1: None}).items():
             runs = journal.load(path) if path else None
             space = called(member.space.name, multiplier)
@@ -153,7 +139,7 @@ def _state(source: Source) -> tuple[State, str]:
             f"{resume_command(source.folder.parent)}"
         )
     try:
-        able = candidates(member, record, 1, source.density)
+        able = winners.candidates(member, record, 1, source.density)
     except ValueError as error:
         return "unconfirmed", str(error)
     if not able:
@@ -168,7 +154,7 @@ def _state(source: Source) -> tuple[State, str]:
             f"{len(record.trials)} by now"
         )
     number = source.winner
-    served = [] if number is None else source.in_role(Role(serving(runs), number))
+    served = [] if number is None else source.in_role(Role(winners.serving(runs), number))
     untested = any(trial.test is None and trial.status == "finished" for trial in served)
     if not served or untested or not is_done(runs):
         return "unfinished", f"its confirmation is not complete; go on by: {source.confirm}"
@@ -178,7 +164,7 @@ def _state(source: Source) -> tuple[State, str]:
 def _why_infeasible(source: Source) -> str:
     trials = source.record.trials.values()
     ended = [trial.reports[-1].metrics for trial in trials if trial.status == "finished"]
-    if any(excess(source.member, metrics, source.density) <= 0 for metrics in ended):
+    if any(winners.excess(source.member, metrics, source.density) <= 0 for metrics in ended):
         return "its finished trials are start points that change what all methods share"
     reached = min((m[DENSITY_METRIC] for m in ended if DENSITY_METRIC in m), default=None)
     if reached is None:
@@ -196,7 +182,7 @@ def _over(source: Source, line: Line | None) -> float:
     if line is None or line.density is None or not source.member.traits.emergent:
         return 0.0
     metrics = dict.fromkeys(source.member.settings.constraint, -math.inf)
-    return excess(source.member, metrics | {DENSITY_METRIC: line.density}, source.density)
+    return winners.excess(source.member, metrics | {DENSITY_METRIC: line.density}, source.density)
 
 
 def _line(source: Source, wanted: Role) -> Line | None:
@@ -205,7 +191,7 @@ def _line(source: Source, wanted: Role) -> Line | None:
     if not served or source.runs is None:
         return None
     last = [trial.reports[-1].metrics for trial in served if trial.status == "finished"]
-    mean = mean_metrics(last) if last else {}
+    mean = winners.mean_metrics(last) if last else {}
     layers = {key.removeprefix(LAYER): mean[key] for key in mean if key.startswith(LAYER)}
     settings, trial = source.of_trial(wanted.number), source.record.trials[wanted.number]
     density, parameters, flops = mean.get(DENSITY_METRIC), None, None
@@ -220,7 +206,7 @@ def _line(source: Source, wanted: Role) -> Line | None:
             density = None
     return Line(
         trial=wanted.number,
-        group=group_of(source.member, source.runs, wanted),
+        group=winners.group_of(source.member, source.runs, wanted),
         config=trial.params | trial.fixed,
         seeds=[seed_of(run) for run in served],
         statuses=[run.status for run in served],
@@ -265,7 +251,7 @@ def _tuning(source: Source) -> Tuning:
         """What the search would have to show had it been this trial alone."""
         last = trial.reports[-1].metrics if trial.reports else {}
         lost = trial.status in ("diverged", "failed")
-        lost = lost or excess(source.member, last, source.density) > 0
+        lost = lost or winners.excess(source.member, last, source.density) > 0
         return 0.0 if lost else last.get("val/accuracy", 0.0)
 
     return Tuning(

@@ -26,20 +26,8 @@ from typing import Any
 from sparsetune import settings as fields
 from sparsetune.cluster.tuner import check_cluster
 from sparsetune.cluster.watch import Watch
-from sparsetune.comparison.winners import (
-    Role,
-    accuracy_name,
-    candidates,
-    command_for,
-    folder_of,
-    group_of,
-    is_front,
-    paper_trial,
-    role,
-    seed_of,
-    serving,
-    winners,
-)
+from sparsetune.comparison import winners
+from sparsetune.comparison.winners import Role, role, seed_of
 from sparsetune.machine import versions
 from sparsetune.space import config
 from sparsetune.space.member import Member, Scheduling
@@ -109,7 +97,7 @@ class Confirmation:
 
     @property
     def winners(self) -> set[int | None]:
-        return set(winners(self.search.member, self.record).values())
+        return set(winners.by_density(self.search.member, self.record).values())
 
 
 # The plan: which runs, in which order -------------------------------------------------------------
@@ -118,20 +106,20 @@ class Confirmation:
 def _planned(search: Writable, asked: Asked) -> dict[str, Any]:
     """What the member's confirmation is, or is to be. ValueError where it cannot be as is asked."""
     member, record = search.member, search.journal.record
-    folder = folder_of(search.folder, asked.multiplier)
+    folder = winners.folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
         header: dict[str, Any] = journal.header(folder)["confirm"]
         _check_same(search, header, asked, folder)
         return header
     top, num = asked.top or 3, asked.seeds or 5
     first = FIRST_SEED if abs(member.settings.seed - FIRST_SEED) > num else FIRST_SEED + 1000
-    served: list[float | None] = [*asked.density] if is_front(member) else [member.density]
+    served: list[float | None] = [*asked.density] if winners.is_front(member) else [member.density]
     if not served:
         raise ValueError(
             f"density: {member.name} was searched for a front of accuracy and density; say "
             "where on it the method is to be compared, such as density=0.02,0.05"
         )
-    able = {str(target): candidates(member, record, top, target) for target in served}
+    able = {str(target): winners.candidates(member, record, top, target) for target in served}
     return {
         "seeds": list(range(first, first + num)),  # by which candidates are ranked
         "num_seeds": num,
@@ -148,7 +136,7 @@ def _begin(
     search: Writable, plan: dict[str, Any], asked: Asked, words: list[str], stack: ExitStack
 ) -> Confirmation:
     """Opens the member's confirmation, or creates it."""
-    folder = folder_of(search.folder, asked.multiplier)
+    folder = winners.folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
         writer = Journal.open(folder)
     else:
@@ -178,7 +166,7 @@ def _check_same(search: Writable, header: dict[str, Any], asked: Asked, folder: 
         wanted = getattr(asked, key)
         if wanted is not None and wanted != header[key]:
             raise ValueError(f"{key}: {name} is being confirmed with {key}={header[key]}; {choose}")
-    if is_front(search.member) and asked.density and asked.density != header["densities"]:
+    if winners.is_front(search.member) and asked.density and asked.density != header["densities"]:
         raise ValueError(f"density: {name} is being confirmed at {header['densities']}; {choose}")
     own, first = search.member.settings.seed, header["seeds"][0]
     if first <= own < first + (asked.seeds or 0):
@@ -203,14 +191,14 @@ def _runs_member(member: Member, multiplier: int) -> Member:
     changed = {"epochs": epochs, "scheduler.name": "none", "objective": "train/loss"}
     settings = config.replaced(member.settings, changed)
     settings.constraint.clear()
-    name = f"{member.name}/{folder_of(Path(), multiplier).name}"
+    name = f"{member.name}/{winners.folder_of(Path(), multiplier).name}"
     return dataclasses.replace(member, name=name, settings=settings)
 
 
 def _wanted(confirmation: Confirmation) -> list[Point]:
     """The runs that are there, and after them those that are missing, as far as is known yet."""
     search, asked = confirmation.search.journal.record, confirmation.header
-    winners, full = confirmation.winners, asked["full"]
+    best, full = confirmation.winners, asked["full"]
     begun = [
         Point(str(role(run)), run.params, run.fixed, in_study=False)
         for run in confirmation.record.trials.values()
@@ -221,13 +209,13 @@ def _wanted(confirmation: Confirmation) -> list[Point]:
         (seed, Role("rank", number))
         for seed in seeds  # outside, since runs of one seed share their batches
         for number in dict.fromkeys(itertools.chain(*rivals))
-        if seed in asked["seeds"] or (not full and number in winners)
+        if seed in asked["seeds"] or (not full and number in best)
     ]
-    if None not in winners:
-        best = sorted(number for number in winners if number is not None)
-        roles = [Role("final", number) for number in best] if full else []
-        paper = paper_trial(search)
-        roles += [Role("paper", paper)] if paper is not None and paper not in winners else []
+    if None not in best:
+        known = sorted(number for number in best if number is not None)
+        roles = [Role("final", number) for number in known] if full else []
+        paper = winners.paper_trial(search)
+        roles += [Role("paper", paper)] if paper is not None and paper not in best else []
         wanted += itertools.product(seeds, roles)
     points = []
     for seed, purpose in wanted:
@@ -255,10 +243,10 @@ class _Recording(Recording):
         purpose = role(trial)
         result = purpose.name != "rank"
         if not result and not confirmation.header["full"]:
-            if None in (winners := confirmation.winners):
+            if None in (best := confirmation.winners):
                 return None  # whether it serves as a final run is not known before
-            result = purpose.number in winners
-        group = group_of(confirmation.search.member, confirmation.record, purpose)
+            result = purpose.number in best
+        group = winners.group_of(confirmation.search.member, confirmation.record, purpose)
         return group, "confirm" if result else "rank"
 
     def complete(self, one: Writable, trial: Trial) -> bool:
@@ -268,7 +256,7 @@ class _Recording(Recording):
 
 def _tested(confirmation: Confirmation) -> list[Trial]:
     """The finished runs whose test accuracy is to be read."""
-    judged = {(serving(confirmation.record), number) for number in confirmation.winners}
+    judged = {(winners.serving(confirmation.record), number) for number in confirmation.winners}
     return [
         run
         for run in confirmation.record.trials.values()
@@ -290,7 +278,7 @@ def begun(
         searches = stack.enter_context(opened(storage, name, here))
         for search in searches:
             _check(search)
-        if asked.density and not any(is_front(search.member) for search in searches):
+        if asked.density and not any(winners.is_front(search.member) for search in searches):
             raise ValueError(
                 f"density: {name} was searched at densities of its own; it is for a search for a "
                 "front of accuracy and density. To confirm some members, name them: SWEEP/MEMBER"
@@ -318,15 +306,15 @@ def _check(search: Writable) -> None:
             f"confirm: {member.name} has {ended} of {record.asked} trials; finish the search by: "
             f"{resume_command(search.folder.parent)}"
         )
-    accuracy_name(member)
+    winners.accuracy_name(member)
 
 
 def _retry(confirmation: Confirmation) -> None:
     """Opens failed runs again; not rankings that the winner was chosen over already."""
-    runs, winners = [*confirmation.record.trials.values()], confirmation.winners
+    runs, best = [*confirmation.record.trials.values()], confirmation.winners
     chosen = any(role(run).name == "final" or run.test is not None for run in runs)
     for run in runs:
-        serves = not confirmation.header["full"] and role(run).number in winners
+        serves = not confirmation.header["full"] and role(run).number in best
         settled = chosen and role(run).name == "rank" and not serves
         if run.status == "failed" and not settled:
             confirmation.runs.journal.append({"type": "retry", "number": run.number})
@@ -361,7 +349,7 @@ def command(confirmations: list[Confirmation]) -> str:
     first = confirmations[0]
     whole = first.search.journal.record.header["members"]
     member = first.search.member.name if len(confirmations) == 1 < len(whole) else ""
-    words = command_for(first.search.folder.parent, first.header["multiplier"], member)
+    words = winners.command_for(first.search.folder.parent, first.header["multiplier"], member)
     seeds = max(confirmation.num_seeds for confirmation in confirmations)
     return words + (f" seeds={seeds}" if seeds > len(first.header["seeds"]) else "")
 

@@ -161,7 +161,7 @@ def mean_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.fmean(last[key] for last in metrics) for key in metrics[0]}
 
 
-def winners(member: Member, runs: journal.Record) -> dict[float | None, int | None]:
+def by_density(member: Member, runs: journal.Record) -> dict[float | None, int | None]:
     """The winner at each density that has candidates."""
     keys = runs.header["confirm"]["candidates"]
     targets = [None if key == "None" else float(key) for key in keys]
@@ -179,6 +179,6 @@ def group_of(member: Member, runs: journal.Record, purpose: Role) -> str:
         return f"{whole} paper"
     if not is_front(member) or purpose.name != serving(runs):
         return whole
-    best = winners(member, runs)
+    best = by_density(member, runs)
     served = [f"{target:g}" for target, number in best.items() if number == purpose.number]
     return f"{whole}@{','.join(served)}" if served else whole
