@@ -238,8 +238,8 @@ class _Recording(Recording):
         folder = wandb_folder(confirmations[0].search)
         super().__init__([confirmation.runs for confirmation in confirmations], folder)
 
-    def about(self, one: Writable, trial: Trial) -> tuple[str, str] | None:
-        confirmation = self._confirmations[one.member.name]
+    def about(self, writable: Writable, trial: Trial) -> tuple[str, str] | None:
+        confirmation = self._confirmations[writable.member.name]
         purpose = role(trial)
         result = purpose.name != "rank"
         if not result and not confirmation.header["full"]:
@@ -249,9 +249,9 @@ class _Recording(Recording):
         group = winners.group_of(confirmation.search.member, confirmation.record, purpose)
         return group, "confirm" if result else "rank"
 
-    def complete(self, one: Writable, trial: Trial) -> bool:
+    def complete(self, writable: Writable, trial: Trial) -> bool:
         tested = trial.test is not None or trial.status != "finished"
-        return tested or (self.about(one, trial) or ("", ""))[1] == "rank"
+        return tested or (self.about(writable, trial) or ("", ""))[1] == "rank"
 
 
 def _tested(confirmation: Confirmation) -> list[Trial]:

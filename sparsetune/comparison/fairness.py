@@ -113,19 +113,15 @@ def _selection(sources: list[Source]) -> Finding:
         except ValueError as error:
             return Finding(str(error), "search it by objective=val/accuracy")
         if source.member.settings.data.validation == 0:
-            return Finding(
-                f"{source.cell.name}: no images were held out to select by",
-                "search it with data.validation=0.1",
-            )
+            figure = f"{source.cell.name}: no images were held out to select by"
+            return Finding(figure, "search it with data.validation=0.1")
         if source.runs is None:
             continue
         tested = {role(run) for run in source.runs.trials.values() if run.test is not None}
         chosen = {number for name, number in tested if name != "paper"}
         if len(chosen) > len(source.runs.header["confirm"]["candidates"]):
-            return Finding(
-                f"{source.cell.name}: the test set was read for {len(chosen)} settings",
-                "search and confirm it under another name, too, and report both",
-            )
+            figure = f"{source.cell.name}: the test set was read for {len(chosen)} settings"
+            return Finding(figure, "search and confirm it under another name, too, and report both")
     shares = sorted({source.member.settings.data.validation for source in sources})
     held_out = " or ".join(f"{share:.0%}" for share in shares)
     return Finding(f"{held_out} held out; one setting each tested")
@@ -195,10 +191,8 @@ def _controls(sources: list[Source]) -> Finding:
     missing = [name for name in CONTROLS if name not in spaces]
     if len(densities) < 2 or missing:
         lacking = f"; no {', '.join(missing)}" if missing else ""
-        return Finding(
-            f"{len(densities)} densities{lacking}",
-            "name members at several densities, and the controls dense, small_dense, static, gmp",
-        )
+        mend = f"name members at several densities, and the controls {', '.join(CONTROLS)}"
+        return Finding(f"{len(densities)} densities{lacking}", mend)
     return Finding(f"{len(densities)} densities; {', '.join(CONTROLS)}")
 
 
@@ -271,10 +265,8 @@ def _realised(confirmed: list[Source]) -> Finding:
         if density:
             off[cell.name] = density / cell.density - 1
             if abs(off[cell.name]) > (SMALL_DENSE if smaller else SLACK):
-                return Finding(
-                    f"{cell.name} has {density:.4f} of {of}, {off[cell.name]:+.1%} off",
-                    "leave it out, or search it at a density it can hold",
-                )
+                figure = f"{cell.name} has {density:.4f} of {of}, {off[cell.name]:+.1%} off"
+                return Finding(figure, "leave it out, or search it at a density it can hold")
     if not off:
         return Finding()
     worst = max(off, key=lambda name: abs(off[name]))
@@ -301,10 +293,10 @@ def _lost(sources: list[Source], confirmed: list[Source]) -> Finding:
         statuses = source.cell.chosen.statuses if source.cell.chosen else []
         for status in ("failed", "diverged"):
             if num := statuses.count(status):
+                figure = f"{source.cell.name}: {num} of {len(statuses)} runs {status}"
                 again = f"{source.confirm} --retry-failed"
                 return Finding(
-                    f"{source.cell.name}: {num} of {len(statuses)} runs {status}, and a mean "
-                    "over the others would flatter it",
+                    f"{figure}, and a mean over the others would flatter it",
                     again if status == "failed" else "compare the others by naming their members",
                 )
     listed = ", ".join(f"{num} {status}" for status, num in counts.items())
@@ -316,10 +308,10 @@ def _paired(confirmed: list[Source]) -> Finding:
     if len(seeds) < 2:
         return Finding()
     if len(set(seeds.values())) > 1:
-        return Finding(
-            "seeds differ: " + "; ".join(f"{k} {min(v)}-{max(v)}" for k, v in seeds.items()),
-            f"{min(confirmed, key=_num_seeds).confirm} seeds={max(map(len, seeds.values()))}",
-        )
+        listed = "; ".join(f"{name} {min(own)}-{max(own)}" for name, own in seeds.items())
+        most = max(map(len, seeds.values()))
+        mend = f"{min(confirmed, key=_num_seeds).confirm} seeds={most}"
+        return Finding(f"seeds differ: {listed}", mend)
     num = _num_seeds(confirmed[0])
     few = "" if num >= 6 else "; below 6 intervals only, no tests"
     return Finding(f"{num} seeds in all{few}")
@@ -352,10 +344,8 @@ def _emergent(sources: list[Source]) -> Finding:
     for source in emergent:
         bound = DENSITY_METRIC in source.member.settings.constraint or is_front(source.member)
         if source.density is None and not bound:
-            return Finding(
-                f"{source.cell.name} was searched by accuracy alone",
-                "give density=D, or objective=[val/accuracy,density/all]",
-            )
+            figure = f"{source.cell.name} was searched by accuracy alone"
+            return Finding(figure, "give density=D, or objective=[val/accuracy,density/all]")
     over = sum(source.cell.state == "infeasible" for source in emergent)
     figure = f"{len(emergent)} searched under a bound, {over} of them infeasible"
     return Finding(figure if emergent else "")

@@ -173,8 +173,8 @@ def importance(search: Search) -> dict[str, float]:
         return {}
     # Without `target` it heeds the study's direction; with one it takes low for good.
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=GOOD)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    experimental = optuna.exceptions.ExperimentalWarning
+    with warnings.catch_warnings(category=experimental, action="ignore"):
         return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 

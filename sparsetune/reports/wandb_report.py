@@ -166,8 +166,8 @@ def _lacking(comparison: Comparison, sources: dict[str, _Source], api: wandb.Api
 # Panels -------------------------------------------------------------------------------------------
 
 
-def _runset(source: str, own: str, name: str, groupby: list[str], **wanted: list[str]) -> wr.Runset:
-    """Runs of a project by their JobType, Group or, of the config, member.
+def _runset(source: str, own: str, name: str, groupby: list[str], *filters: Any) -> wr.Runset:
+    """Runs of a project that pass all filters.
 
     One of the report's own project names none, which spares a request for each.
     """
@@ -176,12 +176,7 @@ def _runset(source: str, own: str, name: str, groupby: list[str], **wanted: list
         entity=entity,
         project=project,
         name=name if source == own else f"{name} in {source}",
-        filters=ws.And(
-            *(  # W&B's own filters call a config's key so, too
-                (ws.Config("member.value") if key == "member" else ws.Metric(key)).isin(values)
-                for key, values in wanted.items()
-            )
-        ),
+        filters=ws.And(*filters),
         groupby=groupby,
     )
 
@@ -212,8 +207,8 @@ def _confirmation(cells: list[Cell], sources: dict[str, _Source], own: str) -> l
     for place in dict.fromkeys(sources[cell.member].place for cell in cells):
         groups = _groups(cell for cell in cells if sources[cell.member].place == place)
         if groups:
-            of = {"JobType": ["confirm"], "Group": groups}
-            runsets.append(_runset(place, own, "confirmation runs", ["group"], **of))
+            filters = ws.Metric("JobType").isin(["confirm"]), ws.Metric("Group").isin(groups)
+            runsets.append(_runset(place, own, "confirmation runs", ["group"], *filters))
     return runsets
 
 
@@ -251,9 +246,12 @@ def _searches(sources: dict[str, _Source], own: str) -> Iterable[Any]:
             running_ymax=direction == "maximize",
             running_ymin=direction == "minimize",
         )
-        sweep = name.partition("/")[0]
-        of = {"JobType": [member.traits.name], "Group": [sweep], "member": [name]}
-        runset = _runset(source.place, own, "search runs", [], **of)
+        filters = (
+            ws.Metric("JobType").isin([member.traits.name]),
+            ws.Metric("Group").isin([name.partition("/")[0]]),
+            ws.Config("member.value").isin([name]),  # so W&B's own filters call a config's key
+        )
+        runset = _runset(source.place, own, "search runs", [], *filters)
         panels = [
             wr.ParallelCoordinatesPlot(columns, title="searched keys"),
             wr.ParameterImportancePlot(objective),
