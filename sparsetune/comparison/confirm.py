@@ -105,7 +105,7 @@ class Confirmation:
 
 def _planned(search: Writable, asked: Asked) -> dict[str, Any]:
     """What the member's confirmation is, or is to be. ValueError where it cannot be as is asked."""
-    member, record = search.member, search.journal.record
+    member, record = search.member, search.record
     folder = winners.folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
         header: dict[str, Any] = journal.header(folder)["confirm"]
@@ -141,7 +141,7 @@ def _begin(
         writer = Journal.open(folder)
     else:
         kept = ("sweep_id", "order", "members", "data", "network", "code", "member")
-        header = {key: value for key, value in search.journal.record.header.items() if key in kept}
+        header = {key: value for key, value in search.record.header.items() if key in kept}
         header |= {"command": "confirm", "argv": ["confirm", *words], "trials": 0}
         writer = Journal.create(folder, header | {"versions": versions(), "confirm": plan})
     stack.callback(writer.close)
@@ -154,7 +154,7 @@ def _begin(
 
 
 def _check_same(search: Writable, header: dict[str, Any], asked: Asked, folder: Path) -> None:
-    name, num = search.member.name, len(search.journal.record.trials)
+    name, num = search.member.name, len(search.record.trials)
     if header["trials"] != num:
         raise ValueError(
             f"confirm: {name} was confirmed after {header['trials']} trials and has {num} now; the "
@@ -197,7 +197,7 @@ def _runs_member(member: Member, multiplier: int) -> Member:
 
 def _wanted(confirmation: Confirmation) -> list[Point]:
     """The runs that are there, and after them those that are missing, as far as is known yet."""
-    search, asked = confirmation.search.journal.record, confirmation.header
+    search, asked = confirmation.search.record, confirmation.header
     best, full = confirmation.winners, asked["full"]
     begun = [
         Point(str(role(run)), run.params, run.fixed, in_study=False)
@@ -297,7 +297,7 @@ def begun(
 
 
 def _check(search: Writable) -> None:
-    record, member = search.journal.record, search.member
+    record, member = search.record, search.member
     if record.header["command"] != "sweep":
         raise ValueError(f"confirm: '{member.name}' is no search; confirm a sweep")
     if not is_done(record):
@@ -347,7 +347,7 @@ def run(confirmations: list[Confirmation]) -> dict[str, Any]:
 def command(confirmations: list[Confirmation]) -> str:
     """What to type to go on."""
     first = confirmations[0]
-    whole = first.search.journal.record.header["members"]
+    whole = first.search.record.header["members"]
     member = first.search.member.name if len(confirmations) == 1 < len(whole) else ""
     words = winners.command_for(first.search.folder.parent, first.header["multiplier"], member)
     seeds = max(confirmation.num_seeds for confirmation in confirmations)
