@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -18,6 +18,7 @@ import click
 from rich.table import Table
 
 WORDS = click.argument("words", nargs=-1, type=click.UNPROCESSED)
+CREATED = click.Path(dir_okay=False)
 MATCH = click.option(
     "--match",
     type=click.Choice(["density", "flops"]),
@@ -38,7 +39,7 @@ def user_errors() -> Iterator[None]:
         sys.exit(2)
 
 
-def _drive(command: Callable[..., dict[str, Any]], *given: Any, **named: Any) -> NoReturn:
+def _drive(command: Callable[..., dict[str, Any]], *args: Any, **options: bool) -> NoReturn:
     """Ends the program as the command does that trains: 0 done, 1 trials failed, 130 interrupted.
 
     What ended it without being a bug is said, and how to go on; 2 where it was refused."""
@@ -48,7 +49,7 @@ def _drive(command: Callable[..., dict[str, Any]], *given: Any, **named: Any) ->
     from sparsetune.sweeps.launch import Refused
 
     try:
-        result = command(*given, **named)
+        result = command(*args, **options)
     except (Refused, CheckpointLost, ClusterError, SweepHeld, StorageAway) as error:
         click.echo("\n".join([f"sparsetune: {error}", *getattr(error, "__notes__", [])]), err=True)
         refused = isinstance(error, Refused | ClusterError)
@@ -238,15 +239,10 @@ def export(words: tuple[str, ...], trial: str, to_wandb: bool) -> None:
 @main.command()
 @MATCH
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option(
-    "--csv", "csv_file", type=click.Path(dir_okay=False), help="Also write all runs there."
-)
+@click.option("--csv", "csv_file", type=CREATED, help="Also write all runs there.")
 @WORDS
 def compare(
-    words: tuple[str, ...],
-    match: Literal["density", "flops"],
-    as_json: bool,
-    csv_file: str | None,
+    words: tuple[str, ...], match: Literal["density", "flops"], as_json: bool, csv_file: str | None
 ) -> None:
     """Compare confirmed sweeps, or members of them: accuracies, costs, and the rules of fairness.
 
@@ -279,7 +275,7 @@ def _names(words: tuple[str, ...]) -> tuple[list[str], Path]:
 
 @main.command()
 @MATCH
-@click.option("--html", "html_file", metavar="FILE", type=click.Path(dir_okay=False),
+@click.option("--html", "html_file", metavar="FILE", type=CREATED,
               help="The page to write, NAME.html by default.")  # fmt: skip
 @click.option("--wandb", "target", metavar="ENTITY/PROJECT",
               help="Save it there as a W&B report, the same one each time.")  # fmt: skip
@@ -318,22 +314,36 @@ def report(
 def methods(words: tuple[str, ...]) -> None:
     """The sparse training methods, their variants and hyperparameters."""
     from sparsetune.methods import METHODS
-    from sparsetune.terminal import wide_console
 
-    _no_name(words)
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("method", "key", "allowed", "default", "paper or meaning"):
-        table.add_column(heading, overflow="fold")
+    rows = []
     for method in METHODS.values():
-        table.add_row(f"[bold]{method.name}[/bold]", "", "", "", method.paper)
+        rows.append((f"[bold]{method.name}[/bold]", "", "", "", method.paper))
         for field in dataclasses.fields(method.Variant):
             allowed = " | ".join(field.metadata["allowed"])
-            table.add_row("", f"variant.{field.name}", allowed, str(field.default), "")
+            rows.append(("", f"variant.{field.name}", allowed, str(field.default), ""))
         for field in dataclasses.fields(method.Hyperparameters):
             bounds = field.metadata
             span = f"{bounds['low']:g} to {bounds['high']:g}"
-            table.add_row("", f"hp.{field.name}", span, f"{field.default:g}", bounds["meaning"])
+            rows.append(("", f"hp.{field.name}", span, f"{field.default:g}", bounds["meaning"]))
+    _print_all(words, ("method", "key", "allowed", "default", "paper or meaning"), rows)
+
+
+def _print_all(
+    words: tuple[str, ...], headings: Iterable[str], rows: Iterable[tuple[str, ...]]
+) -> None:
+    """The table of a command that takes no name; `storage` may stand at it, as at every one."""
+    from sparsetune.space.words import named
+    from sparsetune.terminal import wide_console
+
+    with user_errors():
+        name, _ = named(words)
+        if name:
+            raise ValueError(f"'{name}': this command lists all and takes no name")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     wide_console().print(table)
 
 
@@ -356,31 +366,15 @@ def settings(key: str, as_markdown: bool) -> None:
             settings_table.print_settings(key)
 
 
-def _no_name(words: tuple[str, ...]) -> None:
-    """`storage` may stand at every command; nothing else says anything to this one."""
-    from sparsetune.space.words import named
-
-    with user_errors():
-        name, _ = named(words)
-        if name:
-            raise ValueError(f"'{name}': this command lists all and takes no name")
-
-
 @main.command()
 @WORDS
 def spaces(words: tuple[str, ...]) -> None:
     """The search spaces that come with sparsetune: what each fixes and searches."""
     from sparsetune.space import files
-    from sparsetune.terminal import wide_console
 
-    _no_name(words)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("space", "method", "searched", "start points"):
-        table.add_column(heading, overflow="fold")
-    for name in files.names():
-        loaded = files.load(name)
-        table.add_row(name, loaded.method, " ".join(loaded.search), " ".join(loaded.start))
-    wide_console().print(table)
+    loaded = {name: files.load(name) for name in files.names()}
+    rows = [(k, s.method, " ".join(s.search), " ".join(s.start)) for k, s in loaded.items()]
+    _print_all(words, ("space", "method", "searched", "start points"), rows)
     click.echo(f"\nFiles: {files.folder()}")
 
 

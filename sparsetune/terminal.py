@@ -15,12 +15,13 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
+def short(key: str) -> str:
+    """Without its group, where the rest says enough by itself."""
+    return key.partition(".")[2] if key.startswith(("hp.", "variant.", "optimizer.")) else key
+
+
 def settings_shown(config: dict[str, Any]) -> str:
-    short = ("hp.", "variant.", "optimizer.")  # whose keys say enough by themselves
-    return " ".join(
-        f"{key.partition('.')[2] if key.startswith(short) else key}={shown(value)}"
-        for key, value in config.items()
-    )
+    return " ".join(f"{short(key)}={shown(value)}" for key, value in config.items())
 
 
 def wide_console(stderr: bool = False) -> Console:

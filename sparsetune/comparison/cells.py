@@ -7,7 +7,6 @@ of its search a cell has what it cost.
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,22 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparsetune.comparison import intervals
+from sparsetune.comparison import intervals, winners
 from sparsetune.comparison.values import SLACK, Cell, Line, State, Tuning, called
-from sparsetune.comparison.winners import (
-    DENSITY_METRIC,
-    Role,
-    candidates,
-    command_for,
-    confirmations,
-    excess,
-    group_of,
-    paper_trial,
-    role,
-    seed_of,
-    serving,
-    winner,
-)
+from sparsetune.comparison.winners import DENSITY_METRIC, Role, role, seed_of
 from sparsetune.settings import TrialSettings
 from sparsetune.space.member import Member, Scheduling, load_member, scheduling
 from sparsetune.space.networks import network_of
@@ -59,12 +45,50 @@ class Source:
 
     @cached_property
     def cell(self) -> Cell:
-        return _cell(self)
+        member, number = self.member, self.winner
+        state, note = _state(self)
+        chosen = paper = None
+        variant: dict[str, Any] = member.settings.variant
+        if self.runs is not None and number is not None:
+            chosen = _line(self, Role(winners.serving(self.runs), number))
+            variant = self.of_trial(number).variant
+            untuned = winners.paper_trial(self.record)
+            if untuned is not None:
+                paper = _line(self, Role("paper", untuned))
+                paper = paper or (chosen if untuned == number else None)
+            over = _over(self, chosen)
+            if state == "confirmed" and over > SLACK:
+                state = "infeasible"
+                note = f"its runs are {over:.1%} above the density that was asked for"
+        values = chosen.accuracies if chosen else []
+        papers = paper.accuracies if paper else []
+        name = called(member.name, self.multiplier)
+        if self.density is not None and member.density is None:
+            name += f"@{self.density:g}"
+        return Cell(
+            name=name,
+            space=self.space,
+            sweep=member.name.partition("/")[0],
+            member=member.name,
+            method=member.traits.name,
+            density=self.density,
+            state=state,
+            note=note,
+            dense_gradient=member.traits.dense_gradient(variant),  # type: ignore[arg-type]
+            begins=member.traits.begins,  # type: ignore[arg-type]
+            tuning=_tuning(self),
+            chosen=chosen,
+            paper=paper,
+            mean=intervals.mean(values) if len(values) > 1 else None,
+            iqm=intervals.iqm(values) if len(values) > 1 else None,
+            paper_mean=intervals.mean(papers) if len(papers) > 1 else None,
+            multiplier=self.multiplier,
+        )
 
     @cached_property
     def winner(self) -> int | None:
         """The number of its trial in the search."""
-        return winner(self.member, self.runs, self.density) if self.runs else None
+        return winners.winner(self.member, self.runs, self.density) if self.runs else None
 
     @cached_property
     def settings(self) -> TrialSettings:
@@ -84,13 +108,7 @@ class Source:
     @property
     def confirm(self) -> str:
         """What to type to confirm it."""
-        return command_for(self.folder.parent, self.multiplier)
-
-    @property
-    def newest(self) -> float:
-        """When its last run or trial ended."""
-        trials = [*self.record.trials.values(), *(self.runs.trials.values() if self.runs else ())]
-        return max((trial.ended or 0.0 for trial in trials), default=0.0)
+        return winners.command_for(self.folder.parent, self.multiplier)
 
 
 def sources(storage: Path, name: str) -> list[Source]:
@@ -98,64 +116,18 @@ def sources(storage: Path, name: str) -> list[Source]:
     # A member's scheduling follows from all members of its sweep, named here or not.
     everybody = member_folders(storage, name.partition("/")[0])
     headers = [journal.header(folder)["member"] for folder in everybody]
-    members = [Member.from_header(header) for header in headers]
-    stopping = scheduling(members)
+    stopping = scheduling([Member.from_header(header) for header in headers])
     made = []
     for folder in member_folders(storage, name):
         member, record = load_member(folder)
-        confirmed: dict[int, Path | None] = {**confirmations(folder)}
+        confirmed: dict[int, Path | None] = {**winners.confirmations(folder)}
         for multiplier, path in (confirmed or {1: None}).items():
             runs = journal.load(path) if path else None
             space = called(member.space.name, multiplier)
             served = runs.header["confirm"]["densities"] if runs else [member.density]
-            made += [
-                Source(space, folder, member, record, runs, stopping, density, len(served),
-                       multiplier)
-                for density in served
-            ]  # fmt: skip
+            head = space, folder, member, record, runs, stopping
+            made += [Source(*head, density, len(served), multiplier) for density in served]
     return made
-
-
-def _cell(source: Source) -> Cell:
-    member, number = source.member, source.winner
-    state, note = _state(source)
-    chosen = paper = None
-    variant: dict[str, Any] = member.settings.variant
-    if source.runs is not None and number is not None:
-        chosen = _line(source, Role(serving(source.runs), number))
-        variant = source.of_trial(number).variant
-        untuned = paper_trial(source.record)
-        if untuned is not None:
-            paper = _line(source, Role("paper", untuned))
-            paper = paper or (chosen if untuned == number else None)
-        over = _over(source, chosen)
-        if state == "confirmed" and over > SLACK:
-            state = "infeasible"
-            note = f"its runs are {over:.1%} above the density that was asked for"
-    values = chosen.accuracies if chosen else []
-    papers = paper.accuracies if paper else []
-    name = called(member.name, source.multiplier)
-    if source.density is not None and member.density is None:
-        name += f"@{source.density:g}"
-    return Cell(
-        name=name,
-        space=source.space,
-        sweep=member.name.partition("/")[0],
-        member=member.name,
-        method=member.traits.name,
-        density=source.density,
-        state=state,
-        note=note,
-        dense_gradient=member.traits.dense_gradient(variant),  # type: ignore[arg-type]
-        begins=member.traits.begins,  # type: ignore[arg-type]
-        tuning=_tuning(source),
-        chosen=chosen,
-        paper=paper,
-        mean=intervals.mean(values) if len(values) > 1 else None,
-        iqm=intervals.iqm(values) if len(values) > 1 else None,
-        paper_mean=intervals.mean(papers) if len(papers) > 1 else None,
-        multiplier=source.multiplier,
-    )
 
 
 def _state(source: Source) -> tuple[State, str]:
@@ -167,7 +139,7 @@ def _state(source: Source) -> tuple[State, str]:
             f"{resume_command(source.folder.parent)}"
         )
     try:
-        able = candidates(member, record, 1, source.density)
+        able = winners.candidates(member, record, 1, source.density)
     except ValueError as error:
         return "unconfirmed", str(error)
     if not able:
@@ -182,7 +154,7 @@ def _state(source: Source) -> tuple[State, str]:
             f"{len(record.trials)} by now"
         )
     number = source.winner
-    served = [] if number is None else source.in_role(Role(serving(runs), number))
+    served = [] if number is None else source.in_role(Role(winners.serving(runs), number))
     untested = any(trial.test is None and trial.status == "finished" for trial in served)
     if not served or untested or not is_done(runs):
         return "unfinished", f"its confirmation is not complete; go on by: {source.confirm}"
@@ -192,7 +164,7 @@ def _state(source: Source) -> tuple[State, str]:
 def _why_infeasible(source: Source) -> str:
     trials = source.record.trials.values()
     ended = [trial.reports[-1].metrics for trial in trials if trial.status == "finished"]
-    if any(excess(source.member, metrics, source.density) <= 0 for metrics in ended):
+    if any(winners.excess(source.member, metrics, source.density) <= 0 for metrics in ended):
         return "its finished trials are start points that change what all methods share"
     reached = min((m[DENSITY_METRIC] for m in ended if DENSITY_METRIC in m), default=None)
     if reached is None:
@@ -210,7 +182,7 @@ def _over(source: Source, line: Line | None) -> float:
     if line is None or line.density is None or not source.member.traits.emergent:
         return 0.0
     metrics = dict.fromkeys(source.member.settings.constraint, -math.inf)
-    return excess(source.member, metrics | {DENSITY_METRIC: line.density}, source.density)
+    return winners.excess(source.member, metrics | {DENSITY_METRIC: line.density}, source.density)
 
 
 def _line(source: Source, wanted: Role) -> Line | None:
@@ -219,29 +191,30 @@ def _line(source: Source, wanted: Role) -> Line | None:
     if not served or source.runs is None:
         return None
     last = [trial.reports[-1].metrics for trial in served if trial.status == "finished"]
-    keys = last[0] if last else {}
-    mean = {key: statistics.fmean(metrics[key] for metrics in last) for key in keys}
+    mean = winners.mean_metrics(last) if last else {}
     layers = {key.removeprefix(LAYER): mean[key] for key in mean if key.startswith(LAYER)}
     settings, trial = source.of_trial(wanted.number), source.record.trials[wanted.number]
     density, parameters, flops = mean.get(DENSITY_METRIC), None, None
     if layers:
         network = network_of(source.record.header, settings.model)
         if network is not None:
-            sizes = network.sizes
-            parameters = sum(layers[name] * size for name, size in sizes.items())
+            parameters = sum(layers[name] * size for name, size in network.sizes.items())
             flops = sum(layers.get(name, 1.0) * dense for name, dense in network.flops.items())
-            if network.whole != sum(sizes.values()):
+            if network.whole != sum(network.sizes.values()):
                 density = parameters / network.whole
         elif settings.model.match_density:  # it is a share of another network's weights
             density = None
     return Line(
         trial=wanted.number,
-        group=group_of(source.member, source.runs, wanted),
+        group=winners.group_of(source.member, source.runs, wanted),
         config=trial.params | trial.fixed,
         seeds=[seed_of(run) for run in served],
         statuses=[run.status for run in served],
         test=[(run.test or {}).get("test/accuracy") for run in served],
-        validation=[_last(run, "val/accuracy") for run in ranked],
+        validation=[
+            run.reports[-1].metrics.get("val/accuracy") if run.status == "finished" else None
+            for run in ranked
+        ],
         density=density,
         density_sparse=mean.get("density/sparse"),
         layers=layers,
@@ -251,10 +224,6 @@ def _line(source: Source, wanted: Role) -> Line | None:
         device_seconds=_device_seconds({t.number: t for t in [*served, *ranked]}.values()),
         curves=_curves(served, ranked),
     )
-
-
-def _last(trial: Trial, metric: str) -> float | None:
-    return trial.reports[-1].metrics.get(metric) if trial.status == "finished" else None
 
 
 def _device_seconds(trials: Iterable[Trial]) -> float:
@@ -282,7 +251,7 @@ def _tuning(source: Source) -> Tuning:
         """What the search would have to show had it been this trial alone."""
         last = trial.reports[-1].metrics if trial.reports else {}
         lost = trial.status in ("diverged", "failed")
-        lost = lost or excess(source.member, last, source.density) > 0
+        lost = lost or winners.excess(source.member, last, source.density) > 0
         return 0.0 if lost else last.get("val/accuracy", 0.0)
 
     return Tuning(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from sparsetune.comparison import intervals
 from sparsetune.comparison.cells import Source, sources
 from sparsetune.comparison.fairness import rules
-from sparsetune.comparison.values import Cell, Comparison, Level, Line, Pair, Rule, told_apart
+from sparsetune.comparison.values import Cell, Comparison, Level, Line, Pair, told_apart
 from sparsetune.space.words import storage_folder
 
 Match = Literal["density", "flops"]
@@ -42,28 +42,24 @@ def compare(*names: str, match: Match = "density", storage: str | Path | None = 
         raise ValueError(f"name: {' '.join(names)} names a member twice; give each once")
     levels, notes = _levels([*cells.values()], match)
     checked = rules(compared, levels, match)
+    forbidden = any(rule.forbids and rule.state == "broken" for rule in checked)
     standing = {
         level: [cells[name] for name in at if cells[name].state == "confirmed"]
         for level, at in levels.items()
     }
+    lines = [cell.chosen for cell in cells.values() if cell.chosen]
     return Comparison(
         names=[*names],
         match=match,
-        seeds=sorted(
-            {seed for cell in cells.values() if cell.chosen for seed in cell.chosen.seeds}
-        ),
+        seeds=sorted({seed for line in lines for seed in line.seeds}),
         cells=[*cells.values()],
         levels=levels,
         pairs=[pair for level, at in standing.items() for pair in _pairs(level.density, at)],
         rules=checked,
-        ranking=None if _forbidden(checked) else {k: _ranked(at) for k, at in standing.items()},
+        ranking=None if forbidden else {level: _ranked(at) for level, at in standing.items()},
         notes=[*notes, *_notes(cells.values())],
         about=_about(compared),
     )
-
-
-def _forbidden(checked: list[Rule]) -> bool:
-    return any(rule.forbids and rule.state == "broken" for rule in checked)
 
 
 def _ranked(cells: list[Cell]) -> list[str]:
@@ -148,11 +144,12 @@ def _paired(a: Line, b: Line) -> bool:
 def _about(compared: list[Source]) -> dict[str, Any]:
     """What a reader needs to run it again: rule 14."""
     first = compared[0].member.settings
-    headers = [source.record.header for source in compared]
-    headers += [source.runs.header for source in compared if source.runs]
+    records = [source.record for source in compared]
+    records += [source.runs for source in compared if source.runs]
+    ends = (trial.ended or 0.0 for record in records for trial in record.trials.values())
 
     def different(key: str) -> list[Any]:
-        values = [header.get(key) for header in headers]
+        values = [record.header.get(key) for record in records]
         return [value for n, value in enumerate(values) if value and value not in values[:n]]
 
     return {
@@ -166,5 +163,5 @@ def _about(compared: list[Source]) -> dict[str, Any]:
         "seed": first.seed,
         "scheduler": compared[0].scheduling.reason,
         "spaces": {source.cell.name: source.member.space.to_dict() for source in compared},
-        "newest": max((source.newest for source in compared), default=0.0),
+        "newest": max(ends, default=0.0),
     }

@@ -26,20 +26,8 @@ from typing import Any
 from sparsetune import settings as fields
 from sparsetune.cluster.tuner import check_cluster
 from sparsetune.cluster.watch import Watch
-from sparsetune.comparison.winners import (
-    Role,
-    accuracy_name,
-    candidates,
-    command_for,
-    folder_of,
-    group_of,
-    is_front,
-    paper_trial,
-    role,
-    seed_of,
-    serving,
-    winners,
-)
+from sparsetune.comparison import winners
+from sparsetune.comparison.winners import Role, role, seed_of
 from sparsetune.machine import versions
 from sparsetune.space import config
 from sparsetune.space.member import Member, Scheduling
@@ -109,7 +97,7 @@ class Confirmation:
 
     @property
     def winners(self) -> set[int | None]:
-        return set(winners(self.search.member, self.record).values())
+        return set(winners.by_density(self.search.member, self.record).values())
 
 
 # The plan: which runs, in which order -------------------------------------------------------------
@@ -117,21 +105,21 @@ class Confirmation:
 
 def _planned(search: Writable, asked: Asked) -> dict[str, Any]:
     """What the member's confirmation is, or is to be. ValueError where it cannot be as is asked."""
-    member, record = search.member, search.journal.record
-    folder = folder_of(search.folder, asked.multiplier)
+    member, record = search.member, search.record
+    folder = winners.folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
         header: dict[str, Any] = journal.header(folder)["confirm"]
         _check_same(search, header, asked, folder)
         return header
     top, num = asked.top or 3, asked.seeds or 5
     first = FIRST_SEED if abs(member.settings.seed - FIRST_SEED) > num else FIRST_SEED + 1000
-    served: list[float | None] = [*asked.density] if is_front(member) else [member.density]
+    served: list[float | None] = [*asked.density] if winners.is_front(member) else [member.density]
     if not served:
         raise ValueError(
             f"density: {member.name} was searched for a front of accuracy and density; say "
             "where on it the method is to be compared, such as density=0.02,0.05"
         )
-    able = {str(target): candidates(member, record, top, target) for target in served}
+    able = {str(target): winners.candidates(member, record, top, target) for target in served}
     return {
         "seeds": list(range(first, first + num)),  # by which candidates are ranked
         "num_seeds": num,
@@ -148,12 +136,12 @@ def _begin(
     search: Writable, plan: dict[str, Any], asked: Asked, words: list[str], stack: ExitStack
 ) -> Confirmation:
     """Opens the member's confirmation, or creates it."""
-    folder = folder_of(search.folder, asked.multiplier)
+    folder = winners.folder_of(search.folder, asked.multiplier)
     if journal.exists(folder):
         writer = Journal.open(folder)
     else:
         kept = ("sweep_id", "order", "members", "data", "network", "code", "member")
-        header = {key: value for key, value in search.journal.record.header.items() if key in kept}
+        header = {key: value for key, value in search.record.header.items() if key in kept}
         header |= {"command": "confirm", "argv": ["confirm", *words], "trials": 0}
         writer = Journal.create(folder, header | {"versions": versions(), "confirm": plan})
     stack.callback(writer.close)
@@ -166,25 +154,20 @@ def _begin(
 
 
 def _check_same(search: Writable, header: dict[str, Any], asked: Asked, folder: Path) -> None:
-    name, num = search.member.name, len(search.journal.record.trials)
+    name, num = search.member.name, len(search.record.trials)
     if header["trials"] != num:
         raise ValueError(
             f"confirm: {name} was confirmed after {header['trials']} trials and has {num} now; the "
             "test images may have been read for the best of the first ones. To confirm anew, "
             f"{_moved(folder)}"
         )
+    choose = f"leave it out to go on, or begin anew: {_moved(folder)}"
     for key in ("top", "full"):
         wanted = getattr(asked, key)
         if wanted is not None and wanted != header[key]:
-            raise ValueError(
-                f"{key}: {name} is being confirmed with {key}={header[key]}; leave it out to go "
-                f"on, or begin anew: {_moved(folder)}"
-            )
-    if is_front(search.member) and asked.density and asked.density != header["densities"]:
-        raise ValueError(
-            f"density: {name} is being confirmed at {header['densities']}; leave it out to go on, "
-            f"or begin anew: {_moved(folder)}"
-        )
+            raise ValueError(f"{key}: {name} is being confirmed with {key}={header[key]}; {choose}")
+    if winners.is_front(search.member) and asked.density and asked.density != header["densities"]:
+        raise ValueError(f"density: {name} is being confirmed at {header['densities']}; {choose}")
     own, first = search.member.settings.seed, header["seeds"][0]
     if first <= own < first + (asked.seeds or 0):
         raise ValueError(
@@ -208,13 +191,14 @@ def _runs_member(member: Member, multiplier: int) -> Member:
     changed = {"epochs": epochs, "scheduler.name": "none", "objective": "train/loss"}
     settings = config.replaced(member.settings, changed)
     settings.constraint.clear()
-    name = f"{member.name}/{folder_of(Path(), multiplier).name}"
+    name = f"{member.name}/{winners.folder_of(Path(), multiplier).name}"
     return dataclasses.replace(member, name=name, settings=settings)
 
 
 def _wanted(confirmation: Confirmation) -> list[Point]:
     """The runs that are there, and after them those that are missing, as far as is known yet."""
-    asked, winners, full = confirmation.header, confirmation.winners, confirmation.header["full"]
+    search, asked = confirmation.search.record, confirmation.header
+    best, full = confirmation.winners, asked["full"]
     begun = [
         Point(str(role(run)), run.params, run.fixed, in_study=False)
         for run in confirmation.record.trials.values()
@@ -225,24 +209,22 @@ def _wanted(confirmation: Confirmation) -> list[Point]:
         (seed, Role("rank", number))
         for seed in seeds  # outside, since runs of one seed share their batches
         for number in dict.fromkeys(itertools.chain(*rivals))
-        if seed in asked["seeds"] or (not full and number in winners)
+        if seed in asked["seeds"] or (not full and number in best)
     ]
-    if None not in winners:
-        best = sorted(number for number in winners if number is not None)
-        roles = [Role("final", number) for number in best] if full else []
-        paper = paper_trial(confirmation.search.journal.record)
-        roles += [Role("paper", paper)] if paper is not None and paper not in winners else []
+    if None not in best:
+        known = sorted(number for number in best if number is not None)
+        roles = [Role("final", number) for number in known] if full else []
+        paper = winners.paper_trial(search)
+        roles += [Role("paper", paper)] if paper is not None and paper not in best else []
         wanted += itertools.product(seeds, roles)
-    points = [_run(confirmation, purpose, seed) for seed, purpose in wanted]
+    points = []
+    for seed, purpose in wanted:
+        trial = search.trials[purpose.number]
+        fixed = trial.fixed | {"seed": seed, "order_seed": seed}
+        if purpose.name != "rank" and full:
+            fixed["data.validation"] = 0.0
+        points.append(Point(str(purpose), trial.params, fixed, in_study=False))
     return begun + [point for point in points if point not in begun]
-
-
-def _run(confirmation: Confirmation, purpose: Role, seed: int) -> Point:
-    trial = confirmation.search.journal.record.trials[purpose.number]
-    fixed = trial.fixed | {"seed": seed, "order_seed": seed}
-    if purpose.name != "rank" and confirmation.header["full"]:
-        fixed["data.validation"] = 0.0
-    return Point(str(purpose), trial.params, fixed, in_study=False)
 
 
 # Running it ---------------------------------------------------------------------------------------
@@ -256,26 +238,25 @@ class _Recording(Recording):
         folder = wandb_folder(confirmations[0].search)
         super().__init__([confirmation.runs for confirmation in confirmations], folder)
 
-    def about(self, one: Writable, trial: Trial) -> tuple[str, str] | None:
-        confirmation = self._confirmations[one.member.name]
+    def about(self, writable: Writable, trial: Trial) -> tuple[str, str] | None:
+        confirmation = self._confirmations[writable.member.name]
         purpose = role(trial)
         result = purpose.name != "rank"
         if not result and not confirmation.header["full"]:
-            winners = confirmation.winners
-            if None in winners:
+            if None in (best := confirmation.winners):
                 return None  # whether it serves as a final run is not known before
-            result = purpose.number in winners
-        group = group_of(confirmation.search.member, confirmation.record, purpose)
+            result = purpose.number in best
+        group = winners.group_of(confirmation.search.member, confirmation.record, purpose)
         return group, "confirm" if result else "rank"
 
-    def complete(self, one: Writable, trial: Trial) -> bool:
+    def complete(self, writable: Writable, trial: Trial) -> bool:
         tested = trial.test is not None or trial.status != "finished"
-        return tested or (self.about(one, trial) or ("", ""))[1] == "rank"
+        return tested or (self.about(writable, trial) or ("", ""))[1] == "rank"
 
 
 def _tested(confirmation: Confirmation) -> list[Trial]:
     """The finished runs whose test accuracy is to be read."""
-    judged = {(serving(confirmation.record), number) for number in confirmation.winners}
+    judged = {(winners.serving(confirmation.record), number) for number in confirmation.winners}
     return [
         run
         for run in confirmation.record.trials.values()
@@ -297,7 +278,7 @@ def begun(
         searches = stack.enter_context(opened(storage, name, here))
         for search in searches:
             _check(search)
-        if asked.density and not any(is_front(search.member) for search in searches):
+        if asked.density and not any(winners.is_front(search.member) for search in searches):
             raise ValueError(
                 f"density: {name} was searched at densities of its own; it is for a search for a "
                 "front of accuracy and density. To confirm some members, name them: SWEEP/MEMBER"
@@ -316,7 +297,7 @@ def begun(
 
 
 def _check(search: Writable) -> None:
-    record, member = search.journal.record, search.member
+    record, member = search.record, search.member
     if record.header["command"] != "sweep":
         raise ValueError(f"confirm: '{member.name}' is no search; confirm a sweep")
     if not is_done(record):
@@ -325,15 +306,15 @@ def _check(search: Writable) -> None:
             f"confirm: {member.name} has {ended} of {record.asked} trials; finish the search by: "
             f"{resume_command(search.folder.parent)}"
         )
-    accuracy_name(member)
+    winners.accuracy_name(member)
 
 
 def _retry(confirmation: Confirmation) -> None:
     """Opens failed runs again; not rankings that the winner was chosen over already."""
-    runs, winners = [*confirmation.record.trials.values()], confirmation.winners
+    runs, best = [*confirmation.record.trials.values()], confirmation.winners
     chosen = any(role(run).name == "final" or run.test is not None for run in runs)
     for run in runs:
-        serves = not confirmation.header["full"] and role(run).number in winners
+        serves = not confirmation.header["full"] and role(run).number in best
         settled = chosen and role(run).name == "rank" and not serves
         if run.status == "failed" and not settled:
             confirmation.runs.journal.append({"type": "retry", "number": run.number})
@@ -343,8 +324,7 @@ def run(confirmations: list[Confirmation]) -> dict[str, Any]:
     """Trains the runs that are missing, reads what is to be tested; prints and returns what came
     of it. ClusterError as in `sweeps.run`."""
     first = confirmations[0].search
-    folder = first.folder.parent
-    check_cluster(first.member.settings.ray, folder)
+    check_cluster(first.member.settings.ray, first.folder.parent)
     note_driver([confirmation.runs for confirmation in confirmations])
     recording = _Recording(confirmations)
     with Progress({c.runs.member.name: (None, c.record) for c in confirmations}) as bar:
@@ -361,26 +341,25 @@ def run(confirmations: list[Confirmation]) -> dict[str, Any]:
     upload = recording.tracker.close()
     for problem in recording.tracker.problems:
         print(problem, file=sys.stderr)
-    return _close(folder, confirmations, upload, watch.leaving_since is not None)
+    return _close(confirmations, upload, watch.leaving_since is not None)
 
 
 def command(confirmations: list[Confirmation]) -> str:
     """What to type to go on."""
     first = confirmations[0]
-    whole = first.search.journal.record.header["members"]
+    whole = first.search.record.header["members"]
     member = first.search.member.name if len(confirmations) == 1 < len(whole) else ""
-    words = command_for(first.search.folder.parent, first.header["multiplier"], member)
+    words = winners.command_for(first.search.folder.parent, first.header["multiplier"], member)
     seeds = max(confirmation.num_seeds for confirmation in confirmations)
     return words + (f" seeds={seeds}" if seeds > len(first.header["seeds"]) else "")
 
 
 def _extend(confirmation: Confirmation) -> bool:
     """Has the confirmation runs to train? Those that are known by now are asked for."""
-    record, num = confirmation.record, len(_wanted(confirmation))
-    while num < record.asked and None not in confirmation.winners:
+    record = confirmation.record
+    while (num := len(_wanted(confirmation))) < record.asked and None not in confirmation.winners:
         # Journals of version 0.1.0 say how many runs were asked for, and not of how many seeds.
         confirmation.set_seeds(confirmation.num_seeds + 1)
-        num = len(_wanted(confirmation))
     if num > record.asked:
         confirmation.runs.journal.append({"type": "extend", "trials": num})
     return not is_done(record)
@@ -408,9 +387,8 @@ def read_tests(confirmation: Confirmation, watch: Watch) -> None:
         watch.tick()
 
 
-def _close(
-    folder: Path, confirmations: list[Confirmation], upload: str | None, left: bool
-) -> dict[str, Any]:
+def _close(confirmations: list[Confirmation], upload: str | None, left: bool) -> dict[str, Any]:
+    folder = confirmations[0].search.folder.parent
     members: list[dict[str, Any]] = []
     for confirmation in confirmations:
         name, tested = confirmation.search.name, _tested(confirmation)

@@ -16,13 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from sparsetune.comparison.cells import Source
 from sparsetune.comparison.values import SLACK, Level, Rule
-from sparsetune.comparison.winners import (
-    DENSITY_METRIC,
-    accuracy_name,
-    folder_of,
-    is_front,
-    role,
-)
+from sparsetune.comparison.winners import DENSITY_METRIC, accuracy_name, folder_of, is_front, role
 from sparsetune.settings import to_dict
 from sparsetune.space.config import flatten
 from sparsetune.store.journal import Record
@@ -34,7 +28,6 @@ FLOOR, WANTED = 3, 5  # confirmation seeds
 SMALL_DENSE = 0.1  # a dense network of whole neurons cannot meet every number of weights
 SHARED = ("optimizer.lr", "optimizer.weight_decay", "optimizer.beta2", "optimizer.eps")
 CONTROLS = ("dense", "small_dense", "static", "gmp")
-State = Literal["holds", "broken", "does not apply"]
 
 
 class Finding(NamedTuple):
@@ -43,15 +36,11 @@ class Finding(NamedTuple):
     figure: str = ""
     mend: str = ""
 
-    @property
-    def state(self) -> State:
-        return "broken" if self.mend else "holds" if self.figure else "does not apply"
-
 
 def rules(sources: list[Source], levels: dict[Level, list[str]], match: str) -> list[Rule]:
     """All sixteen, in their order."""
     confirmed = [source for source in sources if source.cell.state == "confirmed"]
-    checks: list[tuple[str, bool, Finding]] = [
+    checks: list[tuple[str, bool, Finding]] = [  # title, does it forbid a ranking, what was found
         ("equal tuning budgets, one policy", True, _budgets(sources)),
         ("selection on validation, the test set read once", True, _selection(sources)),
         ("winners trained again on fresh seeds", True, _fresh(sources)),
@@ -70,10 +59,12 @@ def rules(sources: list[Source], levels: dict[Level, list[str]], match: str) -> 
         ("emergent density: at the density reached", False, _emergent(sources)),
         ("methods that need dense gradients are marked", False, _gradients(sources)),
     ]  # fmt: skip
-    return [
-        Rule(number, title, check.state, check.figure or "nothing to check", check.mend, forbids)
-        for number, (title, forbids, check) in enumerate(checks, start=1)
-    ]
+    checked = []
+    state: Literal["holds", "broken", "does not apply"]
+    for number, (title, forbids, (figure, mend)) in enumerate(checks, start=1):
+        state = "broken" if mend else "holds" if figure else "does not apply"
+        checked.append(Rule(number, title, state, figure or "nothing to check", mend, forbids))
+    return checked
 
 
 # What each finds ----------------------------------------------------------------------------------
@@ -106,14 +97,13 @@ def _budgets(sources: list[Source]) -> Finding:
     )
     if spread <= SPREAD:
         return Finding(figure)
-    stopping = any(source.scheduling.name != "none" for source in sources)
-    return Finding(
-        f"{figure}: {most} has spent more than {least}",
-        "search all without early stopping: scheduler.name=none"
-        if stopping
-        else "trials that diverge spend less: search all without the settings at which they "
-        "do, such as search.lr.high=0.1",
+    mend = (
+        "trials that diverge spend less: search all without the settings at which they do, such as "
+        "search.lr.high=0.1"
     )
+    if any(source.scheduling.name != "none" for source in sources):
+        mend = "search all without early stopping: scheduler.name=none"
+    return Finding(f"{figure}: {most} has spent more than {least}", mend)
 
 
 def _selection(sources: list[Source]) -> Finding:
@@ -123,19 +113,15 @@ def _selection(sources: list[Source]) -> Finding:
         except ValueError as error:
             return Finding(str(error), "search it by objective=val/accuracy")
         if source.member.settings.data.validation == 0:
-            return Finding(
-                f"{source.cell.name}: no images were held out to select by",
-                "search it with data.validation=0.1",
-            )
+            figure = f"{source.cell.name}: no images were held out to select by"
+            return Finding(figure, "search it with data.validation=0.1")
         if source.runs is None:
             continue
         tested = {role(run) for run in source.runs.trials.values() if run.test is not None}
         chosen = {number for name, number in tested if name != "paper"}
         if len(chosen) > len(source.runs.header["confirm"]["candidates"]):
-            return Finding(
-                f"{source.cell.name}: the test set was read for {len(chosen)} settings",
-                "search and confirm it under another name, too, and report both",
-            )
+            figure = f"{source.cell.name}: the test set was read for {len(chosen)} settings"
+            return Finding(figure, "search and confirm it under another name, too, and report both")
     shares = sorted({source.member.settings.data.validation for source in sources})
     held_out = " or ".join(f"{share:.0%}" for share in shares)
     return Finding(f"{held_out} held out; one setting each tested")
@@ -156,7 +142,7 @@ def _fresh(sources: list[Source]) -> Finding:
         lambda s: {key: s.runs and s.runs.header["confirm"][key] for key in ("top", "full")},
         "search one of them under another name, and confirm both alike",
     )
-    num = len([source for source in sources if source.cell.state == "confirmed"])
+    num = sum(source.cell.state == "confirmed" for source in sources)
     figure = f"{num} of {len(sources)} confirmed, {len(sources) - num} infeasible"
     return differs or Finding(figure if num else "")
 
@@ -193,10 +179,8 @@ def _num_seeds(source: Source) -> int:
 def _intervals(confirmed: list[Source]) -> Finding:
     for source in confirmed:
         if source.cell.mean is None:
-            return Finding(
-                f"{source.cell.name} has fewer than 2 accuracies",
-                f"{source.confirm} seeds={WANTED}",
-            )
+            figure = f"{source.cell.name} has fewer than 2 accuracies"
+            return Finding(figure, f"{source.confirm} seeds={WANTED}")
     figure = "95 % intervals of mean, interquartile mean and probability of improvement"
     return Finding(figure if confirmed else "")
 
@@ -207,24 +191,21 @@ def _controls(sources: list[Source]) -> Finding:
     missing = [name for name in CONTROLS if name not in spaces]
     if len(densities) < 2 or missing:
         lacking = f"; no {', '.join(missing)}" if missing else ""
-        return Finding(
-            f"{len(densities)} densities{lacking}",
-            "name members at several densities, and the controls dense, small_dense, static, gmp",
-        )
+        mend = f"name members at several densities, and the controls {', '.join(CONTROLS)}"
+        return Finding(f"{len(densities)} densities{lacking}", mend)
     return Finding(f"{len(densities)} densities; {', '.join(CONTROLS)}")
 
 
 def _costs(confirmed: list[Source]) -> Finding:
     for source in confirmed:
         if source.cell.chosen and source.cell.chosen.flops_inference is None:
-            ours = ":" not in source.settings.model.name
-            return Finding(
-                f"not known for {source.cell.name}",
-                "compare where the data set is"
-                if ours
-                else "search it again, with choices and no ranges of model.* keys: the journal "
-                "then says what its networks cost",
-            )
+            mend = "compare where the data set is"
+            if ":" in source.settings.model.name:  # the user's own network
+                mend = (
+                    "search it again, with choices and no ranges of model.* keys: the journal then "
+                    "says what its networks cost"
+                )
+            return Finding(f"not known for {source.cell.name}", mend)
     return Finding("a multiply-add counts 2; a layer counts its density" if confirmed else "")
 
 
@@ -284,10 +265,8 @@ def _realised(confirmed: list[Source]) -> Finding:
         if density:
             off[cell.name] = density / cell.density - 1
             if abs(off[cell.name]) > (SMALL_DENSE if smaller else SLACK):
-                return Finding(
-                    f"{cell.name} has {density:.4f} of {of}, {off[cell.name]:+.1%} off",
-                    "leave it out, or search it at a density it can hold",
-                )
+                figure = f"{cell.name} has {density:.4f} of {of}, {off[cell.name]:+.1%} off"
+                return Finding(figure, "leave it out, or search it at a density it can hold")
     if not off:
         return Finding()
     worst = max(off, key=lambda name: abs(off[name]))
@@ -295,14 +274,13 @@ def _realised(confirmed: list[Source]) -> Finding:
 
 
 def _stopped(confirmed: list[Source]) -> Finding:
-    lines = {source.cell.name: source.cell.chosen for source in confirmed if source.cell.chosen}
-    for name, line in lines.items():
-        if "stopped" in line.statuses:
-            return Finding(
-                f"{name}: {line.statuses.count('stopped')} runs were stopped early",
-                "search and confirm it under another name",
-            )
-    num = sum(len(line.seeds) for line in lines.values())
+    num = 0
+    for source in confirmed:
+        statuses = source.cell.chosen.statuses if source.cell.chosen else []
+        num += len(statuses)
+        if stopped := statuses.count("stopped"):
+            figure = f"{source.cell.name}: {stopped} runs were stopped early"
+            return Finding(figure, "search and confirm it under another name")
     return Finding(f"none of {num} runs" if num else "")
 
 
@@ -315,10 +293,10 @@ def _lost(sources: list[Source], confirmed: list[Source]) -> Finding:
         statuses = source.cell.chosen.statuses if source.cell.chosen else []
         for status in ("failed", "diverged"):
             if num := statuses.count(status):
+                figure = f"{source.cell.name}: {num} of {len(statuses)} runs {status}"
                 again = f"{source.confirm} --retry-failed"
                 return Finding(
-                    f"{source.cell.name}: {num} of {len(statuses)} runs {status}, and a mean "
-                    "over the others would flatter it",
+                    f"{figure}, and a mean over the others would flatter it",
                     again if status == "failed" else "compare the others by naming their members",
                 )
     listed = ", ".join(f"{num} {status}" for status, num in counts.items())
@@ -330,14 +308,13 @@ def _paired(confirmed: list[Source]) -> Finding:
     if len(seeds) < 2:
         return Finding()
     if len(set(seeds.values())) > 1:
-        return Finding(
-            "seeds differ: " + "; ".join(f"{k} {min(v)}-{max(v)}" for k, v in seeds.items()),
-            f"{min(confirmed, key=_num_seeds).confirm} seeds={max(map(len, seeds.values()))}",
-        )
-    num = len(next(iter(seeds.values())))
-    return Finding(
-        f"{num} seeds in all" + ("" if num >= 6 else "; below 6 intervals only, no tests")
-    )
+        listed = "; ".join(f"{name} {min(own)}-{max(own)}" for name, own in seeds.items())
+        most = max(map(len, seeds.values()))
+        mend = f"{min(confirmed, key=_num_seeds).confirm} seeds={most}"
+        return Finding(f"seeds differ: {listed}", mend)
+    num = _num_seeds(confirmed[0])
+    few = "" if num >= 6 else "; below 6 intervals only, no tests"
+    return Finding(f"{num} seeds in all{few}")
 
 
 def _reported(sources: list[Source]) -> Finding:
@@ -367,10 +344,8 @@ def _emergent(sources: list[Source]) -> Finding:
     for source in emergent:
         bound = DENSITY_METRIC in source.member.settings.constraint or is_front(source.member)
         if source.density is None and not bound:
-            return Finding(
-                f"{source.cell.name} was searched by accuracy alone",
-                "give density=D, or objective=[val/accuracy,density/all]",
-            )
+            figure = f"{source.cell.name} was searched by accuracy alone"
+            return Finding(figure, "give density=D, or objective=[val/accuracy,density/all]")
     over = sum(source.cell.state == "infeasible" for source in emergent)
     figure = f"{len(emergent)} searched under a bound, {over} of them infeasible"
     return Finding(figure if emergent else "")
@@ -400,9 +375,8 @@ def _differs(
 
 
 def _scheduler(source: Source) -> list[Any]:
-    chosen = source.scheduling
-    own = [chosen.grace, chosen.reduction] if chosen.name == "asha" else []
-    return [chosen.name, *own]
+    name, grace, reduction, _ = source.scheduling
+    return [name, grace, reduction] if name == "asha" else [name]
 
 
 def _start(source: Source) -> list[bool]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sparsetune.comparison.confirm import KEYS, begun, command, parse, run
+from sparsetune.comparison import confirm as confirmation
 from sparsetune.space.words import as_words, named, said, split
 from sparsetune.sweeps.create import Extension
 from sparsetune.sweeps.launch import going_on, refusals
@@ -45,14 +45,15 @@ def carry_out(words: Sequence[str], retry_failed: bool = False) -> dict[str, Any
     with ExitStack() as stack:
         with refusals():
             names, settings = split(words)
-            own = [word for word in settings if word.partition("=")[0] in KEYS]
-            asked = parse(own)
+            own = [word for word in settings if word.partition("=")[0] in confirmation.KEYS]
+            asked = confirmation.parse(own)
             rest = [word for word in settings if word not in own]
             name, places = named([*names, *rest], PLACES)
             storage = places.pop("storage")
             if not name:
                 raise ValueError("confirm: give the name of a sweep, or SWEEP/MEMBER")
             wanted = Extension(places=places, retry_failed=retry_failed)
-            confirmations = stack.enter_context(begun(storage, name, asked, wanted, words))
-        with going_on(command(confirmations)):
-            return run(confirmations)
+            begun = confirmation.begun(storage, name, asked, wanted, words)
+            confirmations = stack.enter_context(begun)
+        with going_on(confirmation.command(confirmations)):
+            return confirmation.run(confirmations)

@@ -147,9 +147,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: levels as their text, 0.05 or 0.05 2x."""
-        levels = {str(level): names for level, names in self.levels.items()}
-        ranking = {str(level): spaces for level, spaces in (self.ranking or {}).items()}
-        return asdict(self) | {
-            "levels": levels,
-            "ranking": None if self.ranking is None else ranking,
-        }
+        own: dict[str, Any] = {"levels": {str(level): at for level, at in self.levels.items()}}
+        if self.ranking is not None:
+            own["ranking"] = {str(level): best for level, best in self.ranking.items()}
+        return asdict(self) | own

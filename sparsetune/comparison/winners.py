@@ -72,15 +72,13 @@ def seed_of(run: Trial) -> int:
 
 def accuracy_name(member: Member) -> tuple[str, int]:
     """The objective that candidates are chosen by, and 1 where more of it is better, else -1."""
-    pairs = zip(member.objectives, member.directions, strict=True)
-    chosen = {name: direction for name, direction in pairs if name.startswith("val/")}
-    if not chosen:
-        raise ValueError(
-            f"objective: {member.name} was searched by {', '.join(member.objectives)}; a "
-            "comparison selects by validation, objective=val/accuracy"
-        )
-    name, direction = next(iter(chosen.items()))
-    return name, 1 if direction == "maximize" else -1
+    for name, direction in zip(member.objectives, member.directions, strict=True):
+        if name.startswith("val/"):
+            return name, 1 if direction == "maximize" else -1
+    raise ValueError(
+        f"objective: {member.name} was searched by {', '.join(member.objectives)}; a comparison "
+        "selects by validation, objective=val/accuracy"
+    )
 
 
 def paper_trial(record: journal.Record) -> int | None:
@@ -115,21 +113,17 @@ def candidates(
     the range) is none: other methods had no such choice. ValueError without a validation objective.
     """
     name, sign = accuracy_name(member)
-    able = [
-        trial
-        for trial in record.trials.values()
-        if trial.status == "finished"
-        and all(key.startswith(("hp.", "variant.")) for key in _apart(member, trial))
-    ]
+    finished = [trial for trial in record.trials.values() if trial.status == "finished"]
+    able = [trial for trial in finished if not _changes_what_is_shared(member, trial)]
     over = {t.number: excess(member, t.reports[-1].metrics, target) for t in able}
     kept = [t for t in able if over[t.number] <= 0] or [t for t in able if over[t.number] <= SLACK]
     return sorted(kept, key=lambda t: (-sign * t.reports[-1].metrics[name], t.number))[:top]
 
 
-def _apart(member: Member, trial: Trial) -> list[str]:
-    """Keys that the trial fixes to something else than its member has."""
+def _changes_what_is_shared(member: Member, trial: Trial) -> bool:
     base = member.trial_settings(trial.params, {})
-    return [key for key, value in trial.fixed.items() if replaced(base, {key: value}) != base]
+    shared = {k: v for k, v in trial.fixed.items() if not k.startswith(("hp.", "variant."))}
+    return replaced(base, shared) != base
 
 
 def winner(member: Member, runs: journal.Record, target: float | None) -> int | None:
@@ -158,12 +152,16 @@ def winner(member: Member, runs: journal.Record, target: float | None) -> int | 
         last = [run.reports[-1].metrics for run in ranked if run.status == "finished"]
         gone = len(ranked) - len(last)
         mean = statistics.fmean(sign * metrics[name] for metrics in last) if last else -math.inf
-        over = excess(member, _mean(last), target) if last else math.inf
+        over = excess(member, mean_metrics(last), target) if last else math.inf
         scores.append((gone, over > SLACK, -mean, number))
     return int(min(scores)[-1])
 
 
-def winners(member: Member, runs: journal.Record) -> dict[float | None, int | None]:
+def mean_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.fmean(last[key] for last in metrics) for key in metrics[0]}
+
+
+def by_density(member: Member, runs: journal.Record) -> dict[float | None, int | None]:
     """The winner at each density that has candidates."""
     keys = runs.header["confirm"]["candidates"]
     targets = [None if key == "None" else float(key) for key in keys]
@@ -181,10 +179,6 @@ def group_of(member: Member, runs: journal.Record, purpose: Role) -> str:
         return f"{whole} paper"
     if not is_front(member) or purpose.name != serving(runs):
         return whole
-    best = winners(member, runs)
+    best = by_density(member, runs)
     served = [f"{target:g}" for target, number in best.items() if number == purpose.number]
     return f"{whole}@{','.join(served)}" if served else whole
-
-
-def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.fmean(last[key] for last in metrics) for key in metrics[0]}

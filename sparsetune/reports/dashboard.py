@@ -43,9 +43,8 @@ class Copy:
         study = optuna.create_study(
             storage=storage, study_name=member.name, directions=member.directions
         )
-        with warnings.catch_warnings(
-            category=optuna.exceptions.ExperimentalWarning, action="ignore"
-        ):
+        experimental = optuna.exceptions.ExperimentalWarning
+        with warnings.catch_warnings(category=experimental, action="ignore"):
             study.set_metric_names(member.objectives)
         self._study = study._study_id
         self._open: dict[int, int] = {}  # our number -> Optuna's id

@@ -87,10 +87,9 @@ class Results:
         y = window(means, [*ends, *papers], "test accuracy, %")
         chart = Chart(x, y, "", [look.name for look in self.series], height=250)
         for cell in self.dense:
-            if cell.mean and cell.chosen:
-                look = self.looks[cell.name]
+            if cell.mean:
+                look, across = self.looks[cell.name], (x.low, x.high)
                 value, low, high = cell.mean
-                across = (x.low, x.high)
                 chart.band(look, across, (low,) * 2, (high,) * 2, data_low=low, data_high=high)
                 chart.line(look, across, (value,) * 2, label=look.name)
         lines = {look: cells for look, cells in self.series.items() if cells[0] not in self.dense}
@@ -121,15 +120,13 @@ class Results:
             chart = Chart(x, y, "", [look.name for look in self.series])
             for look, cells in self.series.items():
                 known = sorted((cell for cell in cells if cell in able), key=cost)
-                values = [cell.mean.value for cell in known if cell.mean]
-                chart.line(look, [cost(cell) for cell in known], values)
-                for cell, value in zip(known, values, strict=True):
-                    assert cell.mean is not None
-                    says = f"{cell.name}: {percent(cell.mean)}, {with_unit(cost(cell))} FLOPs"
+                means = [cell.mean for cell in known if cell.mean]
+                values = [mean.value for mean in means]
+                chart.line(look, [cost(cell) for cell in known], values, label=look.name)
+                for cell, mean in zip(known, means, strict=True):
+                    says = f"{cell.name}: {percent(mean)}, {with_unit(cost(cell))} FLOPs"
                     kind = "" if cell.state == "confirmed" else "hollow"
-                    chart.point(look, cost(cell), value, says, kind, 3.2, *cell.mean[1:])
-                if known:
-                    chart.label(look, cost(known[-1]), values[-1], look.name)
+                    chart.point(look, cost(cell), mean.value, says, kind, 3.2, *mean[1:])
             pictures.append(chart.svg())
         return Figure(
             "Accuracy against FLOPs", pictures,
@@ -153,10 +150,8 @@ class Results:
                     continue
                 early = [m for means, _ in curves.values() for m in means[len(means) // 4 :]]
                 y = around(ends, title, log=True) if log else window(early, [], title)
-                epochs = max(len(means) for means, _ in curves.values())
-                x = Axis(1, max(epochs, 2), "epoch")
-                head = self.level(level)
-                chart = Chart(x, y, head, [look.name for look in curves])
+                x = Axis(1, max(2, *(len(means) for means, _ in curves.values())), "epoch")
+                chart = Chart(x, y, self.level(level), [look.name for look in curves])
                 for look, (means, sds) in curves.items():
                     ways = range(1, len(means) + 1)
                     pairs = list(zip(means, sds, strict=True))
@@ -175,11 +170,10 @@ class Results:
         for cell in (cell for cells in self.series.values() for cell in cells):
             curves = cell.chosen.curves if cell.chosen else {}
             layers = {
-                key.removeprefix("density/layer/"): _spread(runs)[0]
+                key.removeprefix("density/layer/"): means
                 for key, runs in curves.items()
-                if key.startswith("density/layer/")
+                if key.startswith("density/layer/") and (means := _spread(runs)[0])
             }
-            layers = {name: values for name, values in layers.items() if values}
             if all(max(v) - min(v) < 1e-3 * max(v) for v in layers.values()):
                 still += [cell.name] if layers else []
                 continue
@@ -205,14 +199,12 @@ class Results:
     def _best_of(self) -> Figure:
         pictures = []
         for level in self.comparison.levels:
-            lists = {self.looks[c.name]: c.tuning.best_of for c in self.at(level)}
-            lists = {look: values for look, values in lists.items() if values}
+            searched = [cell for cell in self.at(level) if cell.tuning.best_of]
+            lists = {self.looks[cell.name]: cell.tuning.best_of for cell in searched}
             if not lists:
                 continue
-            y = window(
-                [v for values in lists.values() for v in values[len(values) // 6 :]],
-                [], "expected best, %",
-            )  # fmt: skip
+            late = [v for values in lists.values() for v in values[len(values) // 6 :]]
+            y = window(late, [], "expected best, %")
             x = Axis(1, max(2, *map(len, lists.values())), "trials")
             chart = Chart(x, y, self.level(level), [look.name for look in lists])
             for look, values in lists.items():
@@ -254,7 +246,7 @@ def titled(look: Look, density: float | None) -> str:
 
 
 def sparse(density: float) -> str:
-    return f"{100 * (1 - density):.4g} % sparse"
+    return f"{sparsity(density)} sparse"
 
 
 def sparsity(density: float) -> str:

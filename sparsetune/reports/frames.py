@@ -17,7 +17,6 @@ from sparsetune.space import config
 from sparsetune.space.member import Member, load_member
 from sparsetune.space.words import storage_folder
 from sparsetune.store import journal
-from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
 
 if TYPE_CHECKING:
@@ -74,36 +73,30 @@ def _parts(folder: Path) -> Iterator[Part]:
 def _rows(kind: str, record: journal.Record, member: Member, keys: list[str]) -> Iterator[Row]:
     settings = config.flatten(to_dict(member.settings))
     settings["epochs"] *= record.header.get("confirm", {}).get("multiplier", 1)
+    whole = member.traits.name == "dense" and member.density is None
     for trial in record.trials.values():
         own = settings | trial.params | trial.fixed
-        row = _named(member, trial, kind) | {"seed": own["seed"]}
-        row |= {f"config.{key}": _plain(own.get(key)) for key in keys}
+        origin, number = (trial.origin, trial.number) if kind == "search" else role(trial)
+        row = {
+            "sweep": member.name.partition("/")[0],
+            "member": member.name,
+            "space": member.space.name,
+            "method": member.traits.name,
+            "density": 1.0 if whole else member.density,
+            "trial": number,
+            "kind": kind,
+            "role": origin,
+            "status": trial.status,
+            "seed": own["seed"],
+        }
+        for key in keys:  # what can be grouped by: a list as its text
+            value = own.get(key)
+            row[f"config.{key}"] = str(value) if isinstance(value, (list, dict)) else value
         for epoch, metrics, _ in trial.reports:
             tested = (trial.test or {}) if epoch == len(trial.reports) else {}
             yield row | metrics | tested | {"epoch": epoch}
         if not trial.reports:
             yield row
-
-
-def _named(member: Member, trial: Trial, kind: str) -> Row:
-    name, number = (trial.origin, trial.number) if kind == "search" else role(trial)
-    density = 1.0 if member.traits.name == "dense" and member.density is None else member.density
-    return {
-        "sweep": member.name.partition("/")[0],
-        "member": member.name,
-        "space": member.space.name,
-        "method": member.traits.name,
-        "density": density,
-        "trial": number,
-        "kind": kind,
-        "role": name,
-        "status": trial.status,
-    }
-
-
-def _plain(value: Any) -> Any:
-    """What can be grouped by: a list as its text."""
-    return str(value) if isinstance(value, (list, dict)) else value
 
 
 def _type(values: pd.Series[Any]) -> str:

@@ -7,10 +7,9 @@ pictures, which escape their own, are marked as safe.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 
@@ -18,23 +17,13 @@ from sparsetune.comparison.compare import Match, compare
 from sparsetune.comparison.values import Comparison
 from sparsetune.reports import search_figures, tables
 from sparsetune.reports.figures import Figure, Results, sparsity
-from sparsetune.reports.search_figures import Search, short
+from sparsetune.reports.search_figures import Search
 from sparsetune.reports.svg import style
-from sparsetune.reports.tables import Column, Table, best_first, percent
+from sparsetune.reports.tables import Column, Section, Table, best_first, percent
 from sparsetune.space.words import storage_folder
-from sparsetune.terminal import settings_shown, shown
+from sparsetune.terminal import settings_shown, short, shown
 
 OURS = '<meta name="generator" content="sparsetune report">'
-
-
-class Part(NamedTuple):
-    """Tables below one title. `css`: of their grid."""
-
-    title: str
-    tables: list[Table]
-    notes: Sequence[str] = ()
-    css: str = ""
-    lead: str = ""
 
 
 def report(
@@ -67,8 +56,8 @@ def write(file: Path, comparison: Comparison, storage: Path) -> None:
 
 def html(comparison: Comparison, searches: list[Search]) -> str:
     results, ranking = Results(comparison), comparison.ranking or {}
-    figures = [*results.figures(), *search_figures.figures(searches)]
-    parts: list[Figure | Part] = [results.main(), *_tables(comparison), *figures, _winners(results)]
+    parts: list[Figure | Section] = [results.main(), *_tables(comparison), *results.figures()]
+    parts += [*search_figures.figures(searches), _winners(results)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -84,36 +73,32 @@ def html(comparison: Comparison, searches: list[Search]) -> str:
         newest=datetime.fromtimestamp(comparison.about["newest"], UTC),
         results=results,
         ranking={results.level(level): best_first(results.at(level)) for level in ranking},
-        parts=list(filter(_shows, parts)),
+        parts=[p for p in parts if (any(p.pictures) if isinstance(p, Figure) else p.tables)],
         **_about(comparison),
     )
-
-
-def _shows(part: Figure | Part) -> bool:
-    return any(part.pictures) if isinstance(part, Figure) else bool(part.tables)
 
 
 def _anchor(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def _tables(comparison: Comparison) -> list[Part]:
+def _tables(comparison: Comparison) -> list[Section]:
     """The sections of the terminal, with notes beside their cells, and pairs by density."""
     parts = []
     for title, cells in tables.by_level(comparison).items():
         section = tables.at_level(title, cells)
         notes = [f"{cell.name}, {cell.state}: {cell.note}" for cell in cells if cell.note]
-        parts.append(Part(title[0].upper() + title[1:], section.tables, [*notes, *section.notes]))
+        parts.append(section._replace(notes=[*notes, *section.notes]))
     if comparison.pairs:
-        title, [table], notes = tables.pairs(comparison)
-        parts.append(Part(title.capitalize(), table.split(), notes, "grid pairs"))
-    title, checked, notes = tables.rules(comparison)
+        pairs = tables.pairs(comparison)
+        parts.append(pairs._replace(tables=pairs.tables[0].split(), css="grid pairs"))
+    rules = tables.rules(comparison)
     noted = {f"{cell.name}: {cell.note}" for cell in comparison.cells}
-    notes = [note for note in notes if note not in noted]
-    return [*parts, Part(title.capitalize(), checked, notes)]
+    parts.append(rules._replace(notes=[note for note in rules.notes if note not in noted]))
+    return [part._replace(title=part.title[0].upper() + part.title[1:]) for part in parts]
 
 
-def _winners(results: Results) -> Part:
+def _winners(results: Results) -> Section:
     made = []
     for look, cells in results.series.items():
         lines = [cell.chosen for cell in cells if cell.chosen]
@@ -128,7 +113,7 @@ def _winners(results: Results) -> Part:
         "By the mean validation accuracy of their ranking on fresh seeds, by sparsity; what is "
         "not named is as in the search space below."
     )
-    return Part("Configuration of the winners", made, css="grid", lead=lead)
+    return Section("Configuration of the winners", made, css="grid", lead=lead)
 
 
 def _about(comparison: Comparison) -> dict[str, Any]:

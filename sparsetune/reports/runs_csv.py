@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from sparsetune.comparison.values import Comparison, Line
+from sparsetune.comparison.values import Comparison
 
 COLUMNS = (
     "cell", "sweep", "space", "method", "density asked", "state", "setting", "trial", "seed",
@@ -38,11 +37,11 @@ def write_csv(comparison: Comparison, file: IO[str]) -> None:
         tail: list[Any] = [cell.dense_gradient, tuning.asked]
         tail += [tuning.trials[s] for s in ("finished", "stopped", "diverged", "failed")]
         tail += [tuning.epochs, round(tuning.device_seconds, 3)]
-        lines: Iterable[tuple[str, Line | None]] = (("chosen", cell.chosen), ("paper", cell.paper))
-        trained = [(setting, line) for setting, line in lines if line is not None]
-        if not trained:
+        if not cell.chosen and not cell.paper:
             rows.writerow([*head, *[None] * 10, *tail])
-        for setting, line in trained:
+        for setting, line in (("chosen", cell.chosen), ("paper", cell.paper)):
+            if line is None:
+                continue
             whole: list[Any] = [line.density, line.density_sparse, line.parameters]
             whole += [line.flops_train, line.flops_inference]
             for seed, status, test in zip(line.seeds, line.statuses, line.test, strict=True):

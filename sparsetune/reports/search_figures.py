@@ -10,6 +10,7 @@ import math
 import statistics
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sparsetune.space.space import Dimension
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
-from sparsetune.terminal import settings_shown, shown
+from sparsetune.terminal import settings_shown, short, shown
 
 ENOUGH = 10  # finished trials, for an importance
 GOOD = 0.25  # of a search's trials count as good ones
@@ -41,12 +42,16 @@ class Search:
     def title(self) -> str:
         return titled(self.look, self.member.density)
 
-    def last(self, trial: Trial) -> dict[str, float]:
-        return trial.reports[-1].metrics if trial.reports else {}
+    @cached_property
+    def done(self) -> list[Trial]:
+        """Trials that ran to their end, the best last."""
+        ended = (trial for trial in self.record.trials.values() if trial.status == "finished")
+        return sorted((t for t in ended if math.isfinite(accuracy(t))), key=accuracy)
 
-    def accuracy(self, trial: Trial) -> float:
-        """Of validation, at its last epoch."""
-        return self.last(trial).get("val/accuracy", math.nan)
+
+def accuracy(trial: Trial) -> float:
+    """Of validation, at its last epoch."""
+    return trial.reports[-1].metrics.get("val/accuracy", math.nan) if trial.reports else math.nan
 
 
 def load(comparison: Comparison, storage: Path) -> list[Search]:
@@ -90,15 +95,16 @@ def figures(searches: list[Search]) -> list[Figure]:
 
 def _history(search: Search) -> str:
     trials = search.record.trials.values()
-    values = [v for t in trials if math.isfinite(v := search.accuracy(t))]
+    values = [value for value in map(accuracy, trials) if math.isfinite(value)]
     if not values:
         return ""
     x = Axis(-0.7, search.record.asked - 0.3)
     chart = Chart(x, window(values, [], ""), search.title, [], *SMALL)
     best, steps = -math.inf, list[tuple[float, float]]()
     for trial in trials:
-        value = search.accuracy(trial)
-        kept = search.member.constraint(search.last(trial)) <= 0
+        value = accuracy(trial)
+        last = trial.reports[-1].metrics if trial.reports else {}
+        kept = search.member.constraint(last) <= 0
         lost = trial.status in ("diverged", "failed") or not math.isfinite(value)
         if trial.status == "finished" and kept and not lost and value > best:
             steps += [(trial.number, best)] if steps else []
@@ -116,40 +122,24 @@ def _history(search: Search) -> str:
     return chart.svg()
 
 
-def _done(search: Search) -> list[Trial]:
-    """Trials that ran to their end, with their searched settings, the best last."""
-    trials = [
-        trial
-        for trial in search.record.trials.values()
-        if trial.status == "finished" and math.isfinite(search.accuracy(trial))
-    ]
-    return sorted(trials, key=search.accuracy)
-
-
 def _parallel(searches: list[Search]) -> str:
     dimensions = searches[0].member.space.search
-    trials = [(search, trial) for search in searches for trial in _done(search)]
-    if not trials or not dimensions:
+    known = [accuracy(trial) for search in searches for trial in search.done]
+    if not known or not dimensions:
         return ""
     axes = [_axis(key, dimension) for key, dimension in dimensions.items()]
-    known = [search.accuracy(trial) for search, trial in trials]
     axes.append(window(known, [], "validation accuracy, %"))
     lines: list[tuple[Look, list[float | None], str, str]] = []
     for search in searches:
-        done = _done(search)
-        for place, trial in enumerate(done):
-            good = place >= len(done) - max(1, round(GOOD * len(done)))
+        first_good = len(search.done) - max(1, round(GOOD * len(search.done)))
+        for place, trial in enumerate(search.done):
             values = [_place(d, trial.params.get(key)) for key, d in dimensions.items()]
-            accuracy = search.accuracy(trial)
-            says = f"{search.title}, trial {trial.number}: {as_percent(accuracy)}; "
+            says = f"{search.title}, trial {trial.number}: {as_percent(accuracy(trial))}; "
             says += settings_shown(trial.params)
-            lines.append((search.look, [*values, accuracy], "good" if good else "rest", says))
+            kind = "good" if place >= first_good else "rest"
+            lines.append((search.look, [*values, accuracy(trial)], kind, says))
     lines.sort(key=lambda line: line[2], reverse=True)  # the good ones above
     return parallel(searches[0].look.name, axes, lines)
-
-
-def short(key: str) -> str:
-    return key.partition(".")[2] if key.startswith(("hp.", "variant.", "optimizer.")) else key
 
 
 def _axis(key: str, dimension: Dimension) -> Axis:
@@ -171,21 +161,20 @@ def importance(search: Search) -> dict[str, float]:
     """Searched key -> its share; {} where there are too few trials, or nothing was searched."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
-    for trial in _done(search):
-        if trial.in_study:
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=trial.params,
-                    distributions=search.member.space.distributions(trial.params),
-                    value=search.accuracy(trial),
-                )
+    for trial in (trial for trial in search.done if trial.in_study):
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=trial.params,
+                distributions=search.member.space.distributions(trial.params),
+                value=accuracy(trial),
             )
+        )
     if len(study.trials) < ENOUGH or not search.member.space.search:
         return {}
     # Without `target` it heeds the study's direction; with one it takes low for good.
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=GOOD)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    experimental = optuna.exceptions.ExperimentalWarning
+    with warnings.catch_warnings(category=experimental, action="ignore"):
         return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 
@@ -197,4 +186,4 @@ def _importance(searches: list[Search]) -> str:
     if not rows:
         return ""
     ordered = dict(sorted(rows.items(), key=lambda row: -statistics.fmean(v for _, v in row[1])))
-    return bars(searches[0].look, searches[0].look.name, ordered, 1.0)
+    return bars(searches[0].look, ordered)

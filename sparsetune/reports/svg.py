@@ -11,6 +11,7 @@ colours, widths and values put in afterwards.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -133,6 +134,11 @@ def attributes(**values: object) -> str:
     )
 
 
+def group(look: Look, kind: str = "", **data: object) -> str:
+    """The tag that begins a mark of the series; `</g>` ends it."""
+    return f"<g{attributes(class_=f'{look.css} {kind}'.strip(), data_series=look.name, **data)}>"
+
+
 def text(x: float, y: float, content: str, css: str = "", anchor: str = "") -> str:
     where = attributes(x=digits(x), y=digits(y), class_=css or None, text_anchor=anchor or None)
     return f"<text{where}>{escape(content)}</text>"
@@ -154,16 +160,16 @@ class Chart:
     def __post_init__(self) -> None:
         self.left = 12 + LETTER * max(len(self.y.form(tick)) for tick in self.y.ticks())
         self.left += 12 if self.y.label else 0
-        self.right = 12 + LETTER * min(18, max(map(len, self.names), default=0))
-        self.top, self.bottom = (20.0 if self.title else 8.0), (34.0 if self.x.label else 20.0)
+        right = 12 + LETTER * min(18, max(map(len, self.names), default=0))
+        self.top, self.end = 20.0 if self.title else 8.0, self.width - right
+        self.edge = self.height - (34.0 if self.x.label else 20.0)
 
     def px(self, value: float) -> float:
-        return self.left + self.x.share(value) * (self.width - self.left - self.right)
+        return self.left + self.x.share(value) * (self.end - self.left)
 
     def py(self, value: float) -> float:
-        low = self.height - self.bottom
         share = max(-9.0, min(9.0, self.y.share(value)))  # far out is far enough
-        return low - share * (low - self.top)
+        return self.edge - share * (self.edge - self.top)
 
     def _kept(self, num: int) -> list[int]:
         """Of so many points of a line those that are drawn: one every four units at most."""
@@ -183,8 +189,7 @@ class Chart:
             data_x=" ".join(f"{x:.6g}" for x, _ in points),
             data_y=" ".join(f"{y:.6g}" for _, y in points),
         )
-        series = attributes(class_=f"{look.css} {kind}".strip(), data_series=look.name)
-        self.back.append(f'<g{series}><path class="l" d="M{path}"{values}/></g>')
+        self.back.append(f'{group(look, kind)}<path class="l" d="M{path}"{values}/></g>')
         if label:
             self.label(look, *points[-1], label)
 
@@ -199,8 +204,7 @@ class Chart:
         again = [f"{digits(self.px(xs[n]))} {digits(self.py(lows[n]))}" for n in reversed(kept)]
         if kept:
             path = "L".join(there + again)
-            series = attributes(class_=look.css, data_series=look.name, **data)
-            self.back.insert(0, f'<g{series}><path class="b" d="M{path}z"/></g>')
+            self.back.insert(0, f'{group(look, "", **data)}<path class="b" d="M{path}z"/></g>')
 
     def point(
         self, look: Look, x: float, y: float, says: str, kind: str = "", size: float = 3.2,
@@ -208,69 +212,60 @@ class Chart:
     ) -> None:  # fmt: skip
         """A mark, with its interval. One that is below the picture stands at its lower edge."""
         left, top = self.px(x) + shift, self.py(y)
-        edge = self.height - self.bottom
-        if top > edge + 0.1:
-            mark, top, kind, self.below = BELOW, edge - 4, f"{kind} beyond".strip(), True
+        if top > self.edge + 0.1:
+            mark, top, kind, self.below = BELOW, self.edge - 4, f"{kind} beyond".strip(), True
         elif low is not None and high is not None:
-            ends = [max(self.top, min(edge, self.py(v))) for v in (low, high)]
+            ends = [max(self.top, min(self.edge, self.py(v))) for v in (low, high)]
             bar = f"M{digits(left)} {digits(ends[0])}V{digits(ends[1])}"
-            series = attributes(class_=f"{look.css} {kind}".strip(), data_series=look.name)
-            self.front.append(f'<g{series}><path class="e" d="{bar}"/></g>')
+            self.front.append(f'{group(look, kind)}<path class="e" d="{bar}"/></g>')
         place = f"translate({digits(left)} {digits(top)}) scale({digits(size)})"
-        values = attributes(
-            class_=f"{look.css} {kind}".strip(), data_series=look.name,
-            data_x=x, data_y=y, data_low=low, data_high=high,
-        )  # fmt: skip
         self.front.append(
-            f'<g{values}><title>{escape(says)}</title><path class="p" d="{mark or look.mark}" '
+            f"{group(look, kind, data_x=x, data_y=y, data_low=low, data_high=high)}"
+            f'<title>{escape(says)}</title><path class="p" d="{mark or look.mark}" '
             f'transform="{place}"/></g>'
         )
 
     def svg(self) -> str:
-        edge, end = self.height - self.bottom, self.width - self.right
-        x, y, w, h = map(digits, (self.left, self.top, end - self.left, edge - self.top))
+        size = self.end - self.left, self.edge - self.top
+        x, y, w, h = map(digits, (self.left, self.top, *size))
         clip = f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}">'
-        back = [*self._grid(edge, end), clip, *self.back, "</svg>"]
-        parts = [*back, *self.front, *self._spread(edge)]
+        parts = [*self._grid(), clip, *self.back, "</svg>", *self.front, *self._spread()]
         return _svg(self.width, self.height, self.title, parts)
 
-    def _grid(self, edge: float, end: float) -> Iterable[str]:
+    def _grid(self) -> Iterable[str]:
         if self.title:
             yield text(0, 11, self.title, "t")
         for tick in self.y.ticks():
             y = self.py(tick)
-            yield f'<path class="g" d="M{digits(self.left)} {digits(y)}H{digits(end)}"/>'
+            yield f'<path class="g" d="M{digits(self.left)} {digits(y)}H{digits(self.end)}"/>'
             yield text(self.left - 4, y + 3.5, self.y.form(tick), "k", "end")
-        yield f'<path class="a" d="M{digits(self.left)} {digits(edge)}H{digits(end)}"/>'
+        yield f'<path class="a" d="M{digits(self.left)} {digits(self.edge)}H{digits(self.end)}"/>'
         for tick in self.x.ticks():
             x = self.px(tick)
-            yield f'<path class="a" d="M{digits(x)} {digits(edge)}v3"/>'
-            yield text(x, edge + 13, self.x.form(tick), "k", "middle")
+            yield f'<path class="a" d="M{digits(x)} {digits(self.edge)}v3"/>'
+            yield text(x, self.edge + 13, self.x.form(tick), "k", "middle")
         if self.x.label:
-            middle = (self.left + end) / 2
-            yield text(middle, self.height - 5, self.x.label, "k", "middle")
+            yield text((self.left + self.end) / 2, self.height - 5, self.x.label, "k", "middle")
         if self.y.label:
-            middle = (self.top + edge) / 2
-            turned = f"translate(9 {digits(middle)}) rotate(-90)"
+            turned = f"translate(9 {digits((self.top + self.edge) / 2)}) rotate(-90)"
             yield f'<text class="k" text-anchor="middle" transform="{turned}">'
             yield f"{escape(self.y.label)}</text>"
 
-    def _spread(self, edge: float) -> Iterable[str]:
+    def _spread(self) -> Iterable[str]:
         """Labels from top to bottom, each at the end of its line or as near as there is room."""
         labels = sorted(self.labels, key=lambda label: label[1])
-        places = [max(self.top + 2, min(edge - 2, y)) for _, y, _, _ in labels]
+        places = [max(self.top + 2, min(self.edge - 2, y)) for _, y, _, _ in labels]
         for n in range(1, len(places)):
             places[n] = max(places[n], places[n - 1] + LINE)
-        limit = edge + 6
+        limit = self.edge + 6
         for n in reversed(range(len(places))):
             places[n] = limit = min(places[n], limit)
             limit -= LINE
-        end = self.width - self.right + 8
         for (x, y, content, css), place in zip(labels, places, strict=True):
-            y = max(self.top, min(edge, y))
-            way = f"M{digits(x + 4)} {digits(y)}L{digits(end - 1)} {digits(place)}"
+            y = max(self.top, min(self.edge, y))
+            way = f"M{digits(x + 4)} {digits(y)}L{digits(self.end + 7)} {digits(place)}"
             yield f'<g class="{css}"><path class="w" d="{way}"/>'
-            yield text(end, place + 3.5, content, "s") + "</g>"
+            yield text(self.end + 8, place + 3.5, content, "s") + "</g>"
 
 
 def _svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
@@ -279,26 +274,26 @@ def _svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
     return f'<svg class="chart" viewBox="{size}" role="img"{label}>{"".join(parts)}</svg>\n'
 
 
-def bars(look: Look, title: str, rows: dict[str, list[tuple[str, float]]], top: float) -> str:
-    """One bar per row, the mean of its values, which are the points on it."""
+def bars(look: Look, rows: dict[str, list[tuple[str, float]]]) -> str:
+    """One bar per row, the mean of its values in 0..1, which are the points on it."""
     left = 8 + LETTER * max(map(len, rows), default=0)
     wide = WIDTH - left - 44
-    parts = [text(0, 11, title, "t")]
+    parts = [text(0, 11, look.name, "t")]
     for n, (name, values) in enumerate(rows.items()):
-        mean = sum(value for _, value in values) / len(values)
+        mean = statistics.fmean(value for _, value in values)
         y = 24 + n * 16
         parts.append(text(left - 5, y + 8, name, "k", "end"))
-        row = attributes(class_=look.css, data_series=look.name, data_row=name, data_y=mean)
-        shape = f"M{digits(left)} {y}h{digits(wide * mean / top)}v10H{digits(left)}z"
-        parts.append(f'<g{row}><path class="bar" d="{shape}"/>')
+
+        shape = f"M{digits(left)} {y}h{digits(wide * mean)}v10H{digits(left)}z"
+        begin = group(look, data_row=name, data_y=mean)
+        parts.append(f'{begin}<path class="bar" d="{shape}"/>')
         for says, value in values:
-            x, said = left + wide * value / top, escape(f"{says}: {value:.2f}")
+            x, said = left + wide * value, escape(f"{says}: {value:.2f}")
             parts.append(f"<g{attributes(data_y=value)}><title>{said}</title>")
             parts.append(f'<circle class="o" cx="{digits(x)}" cy="{y + 5}" r="2.2"/></g>')
-        parts.append("</g>")
-        beyond = left + wide * max(v for _, v in values) / top + 6
-        parts.append(text(beyond, y + 8.5, f"{mean:.2f}", "k"))
-    return _svg(WIDTH, 28 + 16 * len(rows), title, parts)
+        beyond = left + wide * max(value for _, value in values) + 6
+        parts += ["</g>", text(beyond, y + 8.5, f"{mean:.2f}", "k")]
+    return _svg(WIDTH, 28 + 16 * len(rows), look.name, parts)
 
 
 def parallel(
@@ -318,26 +313,19 @@ def parallel(
                 pieces.append([])
                 continue
             x = left + max(0.0, min(1.0, axis.share(value))) * (right - left)
-            if axis.at:  # choices: lines that would hide each other
-                x += _aside(place)
+            if axis.at:  # choices: lines would hide each other, so each has one of 13 places there
+                x += (place * 7 % 13 - 6) * 1.6
             pieces[-1].append(f"{digits(x)} {digits(y)}")
         path = "".join(f"M{'L'.join(piece)}" for piece in pieces if len(piece) > 1)
         shown = " ".join("" if v is None else f"{v:.6g}" for v in values)
-        series = attributes(class_=f"{look.css} {kind}", data_series=look.name, data_y=shown)
-        parts.append(f"<g{series}><title>{escape(says)}</title>")
+        parts.append(f"{group(look, kind, data_y=shown)}<title>{escape(says)}</title>")
         parts.append(f'<path class="l" d="{path}"/></g>')
     for axis, y in zip(axes, heights, strict=True):
         parts.append(f'<path class="a" d="M{digits(left)} {digits(y)}H{digits(right)}"/>')
         parts.append(text(left, y - 6, axis.label, "s halo"))
-        ticks = axis.at or [axis.low, axis.high]
-        for tick in ticks:
+        for tick in axis.at or [axis.low, axis.high]:
             x = left + axis.share(tick) * (right - left)
             anchor = "middle" if axis.at else "start" if tick == axis.low else "end"
             parts.append(f'<path class="a" d="M{digits(x)} {digits(y - 3)}v6"/>')
             parts.append(text(x, y + 13, axis.form(tick), "k halo", anchor))
     return _svg(WIDTH, heights[-1] + 20, title, parts)
-
-
-def _aside(place: int) -> float:
-    """How far this line is moved along an axis: to one of 13 places, no two lines in a row near."""
-    return (place * 7 % 13 - 6) * 1.6

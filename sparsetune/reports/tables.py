@@ -7,7 +7,7 @@ console and markdown here, the page by its template) sets it in its own way.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import rich.table
@@ -44,11 +44,13 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """What readers get below one title."""
+    """What readers get below one title. On the page, `css` is of the grid, and `lead` above it."""
 
     title: str
     tables: list[Table]
-    notes: list[str]
+    notes: Sequence[str] = ()
+    css: str = ""
+    lead: str = ""
 
 
 def sections(comparison: Comparison) -> list[Section]:
@@ -59,11 +61,11 @@ def sections(comparison: Comparison) -> list[Section]:
 
 def print_comparison(comparison: Comparison) -> None:
     console = wide_console()
-    for title, tables, notes in [*sections(comparison), ranking(comparison)]:
-        console.print(Text(title, style="bold"))
-        for table in tables:
+    for section in [*sections(comparison), ranking(comparison)]:
+        console.print(Text(section.title, style="bold"))
+        for table in section.tables:
             console.print(_for_terminal(table), highlight=False)
-        for note in notes:
+        for note in section.notes:
             console.print(Text(f"  {note}"), soft_wrap=True)
         console.print()
 
@@ -166,8 +168,7 @@ def at_level(title: str, cells: list[Cell]) -> Section:
         for cell in denser
     ]
     results = [_result(cell, percent(cell.paper_mean) + "*" * (cell in denser)) for cell in cells]
-    tables = [Table(RESULTS, results), Table(COSTS, [_costs(cell) for cell in cells])]
-    return Section(title, tables, notes)
+    return Section(title, [Table(RESULTS, results), Table(COSTS, [*map(_costs, cells)])], notes)
 
 
 def _is_denser(cell: Cell) -> bool:

@@ -166,8 +166,8 @@ def _lacking(comparison: Comparison, sources: dict[str, _Source], api: wandb.Api
 # Panels -------------------------------------------------------------------------------------------
 
 
-def _runset(source: str, own: str, name: str, groupby: list[str], **wanted: list[str]) -> wr.Runset:
-    """Runs of a project by their JobType, Group or, of the config, member.
+def _runset(source: str, own: str, name: str, groupby: list[str], *filters: Any) -> wr.Runset:
+    """Runs of a project that pass all filters.
 
     One of the report's own project names none, which spares a request for each.
     """
@@ -176,12 +176,7 @@ def _runset(source: str, own: str, name: str, groupby: list[str], **wanted: list
         entity=entity,
         project=project,
         name=name if source == own else f"{name} in {source}",
-        filters=ws.And(
-            *(  # W&B's own filters call a config's key so, too
-                (ws.Config("member.value") if key == "member" else ws.Metric(key)).isin(values)
-                for key, values in wanted.items()
-            )
-        ),
+        filters=ws.And(*filters),
         groupby=groupby,
     )
 
@@ -212,8 +207,8 @@ def _confirmation(cells: list[Cell], sources: dict[str, _Source], own: str) -> l
     for place in dict.fromkeys(sources[cell.member].place for cell in cells):
         groups = _groups(cell for cell in cells if sources[cell.member].place == place)
         if groups:
-            of = {"JobType": ["confirm"], "Group": groups}
-            runsets.append(_runset(place, own, "confirmation runs", ["group"], **of))
+            filters = ws.Metric("JobType").isin(["confirm"]), ws.Metric("Group").isin(groups)
+            runsets.append(_runset(place, own, "confirmation runs", ["group"], *filters))
     return runsets
 
 
@@ -222,12 +217,8 @@ def _curve(metric: str, cells: list[Cell]) -> wr.LinePlot:
 
 
 def _bars(cells: list[Cell]) -> wr.BarPlot:
-    return wr.BarPlot(
-        title=f"{ACCURACY}, mean and deviation over seeds",
-        metrics=[ACCURACY],
-        max_bars_to_show=_runs(cells),
-        **_over_seeds(cells),
-    )
+    title, over = f"{ACCURACY}, mean and deviation over seeds", _over_seeds(cells)
+    return wr.BarPlot(title=title, metrics=[ACCURACY], max_bars_to_show=_runs(cells), **over)
 
 
 def _over_seeds(cells: list[Cell]) -> dict[str, Any]:
@@ -255,15 +246,12 @@ def _searches(sources: dict[str, _Source], own: str) -> Iterable[Any]:
             running_ymax=direction == "maximize",
             running_ymin=direction == "minimize",
         )
-        runset = _runset(
-            source.place,
-            own,
-            "search runs",
-            [],
-            JobType=[member.traits.name],
-            Group=[name.partition("/")[0]],
-            member=[name],
+        filters = (
+            ws.Metric("JobType").isin([member.traits.name]),
+            ws.Metric("Group").isin([name.partition("/")[0]]),
+            ws.Config("member.value").isin([name]),  # so W&B's own filters call a config's key
         )
+        runset = _runset(source.place, own, "search runs", [], *filters)
         panels = [
             wr.ParallelCoordinatesPlot(columns, title="searched keys"),
             wr.ParameterImportancePlot(objective),

@@ -291,7 +291,7 @@ def read_in_a_process(settings: DataSettings) -> list[int]:
 
 def test_processes_may_decode_at_once(folder: Path, cache: Path) -> None:
     settings = DataSettings(name="mine", path=str(folder))
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
         found = pool.map(read_in_a_process, [settings] * 4, chunksize=1)
     assert found == [IMAGES.flatten().tolist()] * 4
     assert len(list(cache.iterdir())) == 2
