@@ -42,34 +42,12 @@ from sparsetune.store.lines import (
     Segments,
     decode,
     encode,
-    exists,
     first_file,
     home,
     parts,
 )
-from sparsetune.store.lock import Holder, SweepHeld, SweepLock, holder
+from sparsetune.store.lock import SweepHeld
 from sparsetune.store.paths import S3Path, StorageAway, Trouble, give_up, insist, place, why
-
-__all__ = [
-    "ENDED",
-    "FILE",
-    "FORMAT",
-    "Event",
-    "Holder",
-    "Journal",
-    "JournalError",
-    "Record",
-    "Report",
-    "SweepHeld",
-    "SweepLock",
-    "Trial",
-    "exists",
-    "holder",
-    "home",
-    "load",
-    "read",
-    "replay",
-]
 
 FORMAT = 1
 ENDED = ("finished", "stopped", "diverged", "failed")

@@ -16,18 +16,9 @@ import pytest
 from helpers.events import end, report, suggest
 
 from sparsetune.store import lock as lock_module
-from sparsetune.store.journal import (
-    FILE,
-    Journal,
-    JournalError,
-    Report,
-    SweepHeld,
-    SweepLock,
-    holder,
-    load,
-    read,
-    replay,
-)
+from sparsetune.store.journal import Journal, Report, load, read, replay
+from sparsetune.store.lines import FILE, JournalError
+from sparsetune.store.lock import SweepHeld, SweepLock, holder
 
 
 def written(folder: Path) -> Path:
@@ -283,7 +274,7 @@ def test_one_driver_at_a_time(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from sparsetune.store.journal import SweepLock;"
+        "import sys, time; from sparsetune.store.lock import SweepLock;"
         "lock = SweepLock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
