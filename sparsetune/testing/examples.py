@@ -17,13 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sparsetune.methods import noise, update
-from sparsetune.methods.contract import (
-    Active,
-    Layers,
-    Method,
-    make_hyperparameters,
-    make_variant,
-)
+from sparsetune.methods.contract import Active, Layers, Method, make_hyperparameters, make_variant
 from sparsetune.methods.distribution import counts
 from sparsetune.methods.update import activate, update_keys
 

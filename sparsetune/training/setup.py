@@ -16,12 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetune.methods import Method, find
-from sparsetune.methods.contract import (
-    Shapes,
-    UpdateSchedule,
-    make_hyperparameters,
-    make_variant,
-)
+from sparsetune.methods.contract import Shapes, UpdateSchedule, make_hyperparameters, make_variant
 from sparsetune.methods.distribution import counts, split_layers, total_for
 from sparsetune.settings import DataSettings, TrialSettings, check_group, check_value, from_dict
 from sparsetune.training import data, models

@@ -266,9 +266,7 @@ def end_epoch(
     measured = measure(setup, state, before.masks)
     metrics = epoch_metrics(setup, state, state.updates - before.updates, loss, active, measured)
     state = state._replace(
-        epoch=state.epoch + 1,
-        flops=metrics["flops/total"],
-        diverged=bool(metrics["diverged"]),
+        epoch=state.epoch + 1, flops=metrics["flops/total"], diverged=bool(metrics["diverged"])
     )
     return state, metrics
 

@@ -27,12 +27,7 @@ class Layer:
     """One layer of all slots. Weights, biases and their gradients are parts of flat tensors."""
 
     def __init__(
-        self,
-        index: Blocks,
-        weight: Tensor,
-        bias: Tensor,
-        weight_grad: Tensor,
-        bias_grad: Tensor,
+        self, index: Blocks, weight: Tensor, bias: Tensor, weight_grad: Tensor, bias_grad: Tensor
     ) -> None:
         self.index, self.weight, self.bias = index, weight, bias
         self._bias_grad = bias_grad

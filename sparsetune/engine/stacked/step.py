@@ -72,12 +72,7 @@ def make(setup: Setup) -> Step:
         return F.cross_entropy(logits.float(), labels), buffers
 
     def step(
-        running: Running,
-        state: Any,
-        hp: Any,
-        numbers: Tensor,
-        images: Tensor,
-        labels: Tensor,
+        running: Running, state: Any, hp: Any, numbers: Tensor, images: Tensor, labels: Tensor
     ) -> tuple[Running, Layers]:
         params, gates = running.params, running.gates
         used = method.sparsify(params, gates, state, hp, variant)
