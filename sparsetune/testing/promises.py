@@ -21,7 +21,7 @@ from sparsetune.engine.csr.backend import Csr
 from sparsetune.engine.pool import Backend
 from sparsetune.engine.solo import Solo
 from sparsetune.methods.contract import Growth, Method, make_hyperparameters, make_variant
-from sparsetune.methods.update import lifted_update
+from sparsetune.methods.update import update_layers
 from sparsetune.settings import ModelSettings, TrainSettings, TrialSettings, UpdateSettings
 from sparsetune.testing.examples import (
     DIVERGED,
@@ -162,7 +162,7 @@ def lifted_updates_equal_those_alone(method: Method, words: Words) -> None:
             p: Any, m: Any, v: Any, g: Any, state: Any, hp: Any, done: Any, keys: Any
         ) -> Any:
             variant = make_variant(method, words)
-            return lifted_update(method, p, m, v, g, state, variant, hp, done, keys)
+            return update_layers(method, p, m, v, g, state, variant, hp, done, keys)
 
         args = pytree.tree_map(lambda *each: torch.stack(each), *rows)
         params, masks, reset, state = torch.vmap(lifted)(*args)

@@ -19,7 +19,7 @@ from sparsetune.methods import Method, find
 from sparsetune.methods.contract import Shapes, UpdateSchedule, make_hyperparameters, make_variant
 from sparsetune.methods.distribution import counts, split_layers, total_for
 from sparsetune.settings import DataSettings, TrialSettings, check_group, check_value, from_dict
-from sparsetune.training import data, models
+from sparsetune.training import data, models, optim
 from sparsetune.training.flops import forward_flops
 
 DATASETS = 8  # that stay in a process; a search over more of them reads some again
@@ -58,6 +58,16 @@ class Setup(NamedTuple):
     @property
     def num_steps(self) -> int:
         return self.steps_per_epoch * self.settings.epochs
+
+    def step_numbers(self, step: int) -> list[float]:
+        """`optim.step_numbers` of the trial's optimizer step `step`, counted from 1."""
+        settings = self.settings
+        return optim.step_numbers(settings.optimizer, settings.schedule, step, self.num_steps)
+
+    def progress(self, step: int) -> Tensor:
+        """`UpdateSchedule.progress` after that step, as methods are told it."""
+        share = self.schedule.progress(step, self.num_steps)
+        return torch.tensor(share, dtype=torch.float64, device=self.device)
 
     @property
     def masks_gradients(self) -> bool:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from sparsetune.methods import noise
 from sparsetune.methods.contract import Layers
 from sparsetune.methods.distribution import random_masks
-from sparsetune.methods.update import activate, seeded_noise, update_alone, update_keys
+from sparsetune.methods.update import activate, seeded_noise, update_keys, update_layers
 from sparsetune.training import data, models, optim
 from sparsetune.training.flops import trial_flops
 from sparsetune.training.setup import Setup, batches, inputs, is_due
@@ -54,12 +54,8 @@ class TrialState(NamedTuple):
 def begin(setup: Setup) -> TrialState:
     """The state before the first step: a function of the settings and the seed."""
     settings, method, device = setup.settings, setup.method, setup.device
-
-    def drawn(purpose: str, name: str, num: int) -> Tensor:
-        return noise.uniform(noise.key(settings.seed, purpose, 0, name), torch.arange(num))
-
     params, buffers = models.initial_params(
-        settings.model, setup.dataset.input_shape, setup.dataset.num_classes, settings.seed, drawn
+        settings.model, setup.dataset.input_shape, setup.dataset.num_classes, settings.seed
     )
     if method.begins == "sparse":
         masks = random_masks(setup.sparse, setup.targets, settings.seed)
@@ -128,7 +124,7 @@ def _logits(setup: Setup, params: Layers, buffers: Layers, images: Tensor) -> Te
 def topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialState:
     """The state after one prune-and-grow event, with the batch's dense gradients."""
     momenta = optim.momentum_of(setup.settings.optimizer, state.moments)
-    changed, masks, reset, method_state = update_alone(
+    changed, masks, reset, method_state = update_layers(
         setup.method,
         state.params,
         state.masks,
@@ -137,12 +133,9 @@ def topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialStat
         state.method,
         setup.variant,
         setup.hp,
-        torch.tensor(
-            setup.schedule.progress(state.step, setup.num_steps),
-            dtype=torch.float64,
-            device=setup.device,
-        ),
+        setup.progress(state.step),
         update_keys(state.masks, setup.settings.seed, state.updates),
+        alone=True,
     )
     for name, value in changed.items():
         state.params[name].copy_(value)
@@ -176,8 +169,7 @@ def train_step(
 
     Changes tensors in place; `gates` come back as the same object where no mask changed.
     """
-    settings, method = setup.settings, setup.method
-    step = state.step + 1
+    method, step = setup.method, state.step + 1
     params = _forward_params(setup, state, gates)
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     loss = F.cross_entropy(_logits(setup, leaves, state.buffers, images), labels)
@@ -191,11 +183,9 @@ def train_step(
         if setup.masks_gradients:
             for name, gate in gates.items():
                 grads[name].mul_(gate)
-        lr = optim.learning_rate(
-            settings.schedule, settings.optimizer.lr, state.step, setup.num_steps
-        )
         decays = {name: method.decays(name, setup.variant) for name in state.params}
-        optim.apply_step(settings.optimizer, state.params, grads, state.moments, decays, lr, step)
+        numbers, optimizer = setup.step_numbers(step), setup.settings.optimizer
+        optim.apply_step(optimizer, state.params, grads, state.moments, decays, numbers)
         if setup.fixes_weights and not setup.masks_gradients:
             for name, gate in gates.items():
                 state.params[name].mul_(gate)

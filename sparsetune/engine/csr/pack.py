@@ -131,7 +131,6 @@ class Pack:
         self._first, self._second = self._flatten("first"), self._flatten("second")
         self._grad = torch.zeros_like(self._params)
         self._optimizer = setup.settings.optimizer
-        self._num_steps = [slot.setup.num_steps for slot in slots]
         self._vectors = Vectors(
             self._lengths,
             [*range(len(slots))] * len(slots[0].params),
@@ -212,19 +211,9 @@ class Pack:
 
     def optimize(self) -> None:
         """The optimizer's step that every trial's `step` counts; the gradients are used up."""
-        numbers = [
-            optim.step_numbers(
-                slot.setup.settings.optimizer, slot.setup.settings.schedule, slot.step, num_steps
-            )
-            for slot, num_steps in zip(self.slots, self._num_steps, strict=True)
-        ]
+        numbers = self._vectors([slot.setup.step_numbers(slot.step) for slot in self.slots])
         optim.step_in_place(
-            self._optimizer,
-            self._params,
-            self._grad,
-            self._first,
-            self._second,
-            self._vectors(numbers),
+            self._optimizer, self._params, self._grad, self._first, self._second, numbers
         )
 
     def gradients_of(self, k: int) -> dict[str, Tensor]:

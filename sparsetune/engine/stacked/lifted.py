@@ -22,7 +22,7 @@ from torch.utils._triton import has_triton
 
 from sparsetune.engine.stacked import step
 from sparsetune.methods.contract import Layers
-from sparsetune.methods.update import Keys, lifted_update, update_keys
+from sparsetune.methods.update import Keys, update_keys, update_layers
 from sparsetune.training import checkpoint, data, optim, trainer
 from sparsetune.training.checkpoint import Snapshot
 from sparsetune.training.setup import Batches, Setup, batches, batches_key, is_due
@@ -145,7 +145,7 @@ class Lifted:
         def update(*args: Any) -> Any:
             params, masks, moments, eps, grads, state, hp, done, key = args
             momenta = optim.momentum_of(setup.settings.optimizer, moments, eps)
-            return lifted_update(
+            return update_layers(
                 setup.method, params, masks, momenta, grads, state, setup.variant, hp, done, key
             )
 
@@ -196,7 +196,7 @@ class Stack:
             ),
         )
         steps, size = setup.steps_per_epoch, setup.batch_size
-        numbers = optim.step_numbers(setup.settings.optimizer, setup.settings.schedule, 1, 1)
+        numbers = setup.step_numbers(1)
         self._places = torch.zeros(steps, slots, size, dtype=torch.int64, device=setup.device)
         self._numbers = torch.zeros(steps, slots, len(numbers), device=setup.device)
         self.epsilon = torch.zeros(slots, device=setup.device)
@@ -271,15 +271,8 @@ class Stack:
                 known[key] = batches(setup, state.epoch)
             self._places[:, slot].copy_(known[key].places)
             offsets[slot] = known[key].offsets
-            numbers = [
-                optim.step_numbers(
-                    setup.settings.optimizer,
-                    setup.settings.schedule,
-                    state.step + 1 + number,
-                    setup.num_steps,
-                )
-                for number in range(setup.steps_per_epoch)
-            ]
+            steps = range(state.step + 1, state.step + 1 + setup.steps_per_epoch)
+            numbers = [setup.step_numbers(number) for number in steps]
             self._numbers[:, slot].copy_(torch.tensor(numbers))
         self._fill_offsets(offsets)
         self.running.sums.zero_()

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sparsetune.engine.stacked import step
 from sparsetune.methods import noise
-from sparsetune.training import checkpoint, optim, trainer
+from sparsetune.training import checkpoint, trainer
 from sparsetune.training.checkpoint import Snapshot
 from sparsetune.training.setup import Setup, batches, batches_key, inputs, is_due
 from sparsetune.training.trainer import Metrics, TrialState
@@ -111,10 +111,7 @@ class Run:
             self._fixed = Fixed(running, state.method, step.hyperparameters(setup))
         if not setup.moves_masks:
             self._sums[1:] += self._active
-        numbers = optim.step_numbers(
-            setup.settings.optimizer, setup.settings.schedule, state.step + 1, setup.num_steps
-        )
-        compiled(self._fixed, torch.tensor(numbers), batch)
+        compiled(self._fixed, torch.tensor(setup.step_numbers(state.step + 1)), batch)
         self.state = state._replace(step=state.step + 1)
 
     def end(self) -> tuple[TrialState, Metrics]:
