@@ -117,17 +117,13 @@ def _replay(lines: Iterable[tuple[Event, str]], source: Path | str = "journal") 
 
 def read(folder: Path | str) -> list[Event]:
     """All events, also while a sweep writes: a torn or incomplete last line is left out."""
-    return [event for event, _ in _parse(parts(_place(folder)))[0]]
+    return [event for event, _ in _parse(parts(place(folder)))[0]]
 
 
 def load(folder: Path | str) -> Record:
     """The state of the journal in `folder`, for readers."""
-    folder = _place(folder)
+    folder = place(folder)
     return _replay(_parse(parts(folder))[0], home(folder))
-
-
-def _place(folder: Path | str) -> Path:
-    return place(folder) if isinstance(folder, str) else folder
 
 
 class Journal:
@@ -149,7 +145,7 @@ class Journal:
     @classmethod
     def create(cls, folder: Path | str, header: Event) -> Journal:
         """A new journal whose first event is `header` (which must have `trials`)."""
-        path = home(_place(folder))
+        path = home(place(folder))
         # A file without one whole line is what a driver killed in this very call leaves behind.
         if path.exists() and (isinstance(path, S3Path) or b"\n" in path.read_bytes()):
             raise JournalError(f"{path}: exists already; resume it, or take another name")
@@ -169,7 +165,7 @@ class Journal:
     @classmethod
     def open(cls, folder: Path | str) -> Journal:
         """The existing journal, ready for more; a torn last line is cut off the file."""
-        path = home(_place(folder))
+        path = home(place(folder))
         found = parts(path.parent)
         events, sizes = _parse(found)
         record = _replay(events, path)
@@ -352,7 +348,7 @@ def _parse(found: list[Part]) -> tuple[list[tuple[Event, str]], list[int]]:
 
 def header(folder: Path | str) -> Event:
     """The first event of the journal in `folder`; reads no more than that line's file."""
-    path = first_file(_place(folder))
+    path = first_file(place(folder))
     try:
         with path.open("rb") as file:
             first = decode(file.readline().rstrip(b"\n"))

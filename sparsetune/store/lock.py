@@ -73,7 +73,7 @@ def holder(folder: Path | str) -> Holder | None:
 
 
 def _path(folder: Path | str) -> Path:
-    return (place(folder) if isinstance(folder, str) else folder) / LOCK_FILE
+    return place(folder) / LOCK_FILE
 
 
 class SweepLock:

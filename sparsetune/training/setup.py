@@ -69,6 +69,11 @@ class Setup(NamedTuple):
         share = self.schedule.progress(step, self.num_steps)
         return torch.tensor(share, dtype=torch.float64, device=self.device)
 
+    def to_input(self, images: Tensor) -> Tensor:
+        """`data.to_input` of images on the device."""
+        own = self.dataset
+        return data.to_input(images, own.mean, own.deviation, self.settings.data.normalize)
+
     @property
     def masks_gradients(self) -> bool:
         """Only active weights learn; False where absent ones collect momentum (SM) or all train."""
@@ -198,13 +203,14 @@ def batches(setup: Setup, epoch: int) -> Batches:
     )
 
 
-def inputs(setup: Setup, epoch: Batches, places: Tensor) -> tuple[Tensor, Tensor]:
-    """The network's input and labels of a part of `epoch.places`, [*n, c, h, w] and [*n]."""
+def inputs(
+    setup: Setup, epoch: Batches, places: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The network's input and labels of a part of `epoch.places`, [*n, c, h, w] and [*n]. `rows`:
+    which of the offsets are theirs, where that is not those at the places."""
     train, flat = setup.dataset.train, places.flatten()
-    images = data.augment(train.images[flat], epoch.offsets, flat)
-    x = data.to_input(
-        images, setup.dataset.mean, setup.dataset.deviation, setup.settings.data.normalize
-    )
+    rows = flat if rows is None else rows.flatten()
+    x = setup.to_input(data.augment(train.images[flat], epoch.offsets, rows))
     return x.view(*places.shape, *x.shape[1:]), train.labels[places]
 
 

@@ -22,10 +22,10 @@ from torch.utils._triton import has_triton
 
 from sparsetune.engine.stacked import step
 from sparsetune.methods.contract import Layers
-from sparsetune.methods.update import Keys, update_keys, update_layers
+from sparsetune.methods.update import update_keys, update_layers
 from sparsetune.training import checkpoint, data, optim, trainer
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.setup import Batches, Setup, batches, batches_key, is_due
+from sparsetune.training.setup import Batches, Setup, batches, batches_key, inputs, is_due
 from sparsetune.training.trainer import Metrics, TrialState
 
 WARM_UP = 3  # calls before a graph is captured, as in PyTorch's manual
@@ -123,24 +123,12 @@ class Lifted:
         """All slots take the update and those due keep it: K is fixed here as well."""
         assert self._stack is not None
         stack, (setup, _) = self._stack, next(iter(due.values()))
-        streams = {
-            slot: update_keys(stack.masks, held.setup.settings.seed, held.state.updates)
-            for slot, held in due.items()
-        }
-        progress = {
-            slot: held.setup.schedule.progress(held.state.step, held.setup.num_steps)
-            for slot, held in due.items()
-        }
-        some = next(iter(streams.values()))
-        keys = {
-            name: Keys(
-                *map(
-                    torch.stack,
-                    zip(*(streams.get(k, some)[name] for k in stack.range), strict=True),
-                )
-            )
-            for name in stack.masks
-        }
+        keys, progress = {}, torch.zeros(self._slots, dtype=torch.float64, device=setup.device)
+        for slot, (own, state) in due.items():
+            keys[slot] = update_keys(stack.masks, own.settings.seed, state.updates)
+            progress[slot] = own.progress(state.step)
+        some = next(iter(keys.values()))
+        streams = [keys.get(slot, some) for slot in stack.range]
 
         def update(*args: Any) -> Any:
             params, masks, moments, eps, grads, state, hp, done, key = args
@@ -149,9 +137,7 @@ class Lifted:
                 setup.method, params, masks, momenta, grads, state, setup.variant, hp, done, key
             )
 
-        share = [progress.get(k, 0.0) for k in stack.range]
-        device = setup.device
-        params, masks, reset, state = torch.vmap(update)(
+        params, masks, reset, method_state = torch.vmap(update)(
             {name: stack.running.params[name] for name in stack.masks},
             stack.masks,
             optim.Moments(stack.running.first, stack.running.second),
@@ -159,11 +145,11 @@ class Lifted:
             {name: stack.raw[name] for name in stack.masks},
             stack.method,
             stack.hp,
-            torch.tensor(share, dtype=torch.float64, device=device),
-            keys,
+            progress,
+            pytree.tree_map(lambda *of_slots: torch.stack(of_slots), *streams),
         )
-        chosen = torch.tensor([k in due for k in stack.range], device=device)
-        stack.take(chosen, params, masks, reset, state)
+        chosen = torch.tensor([k in due for k in stack.range], device=setup.device)
+        stack.take(chosen, params, masks, reset, method_state)
 
 
 class Stack:
@@ -247,7 +233,6 @@ class Stack:
 
     def state(self, slot: int, counts: TrialState) -> TrialState:
         """The slot's state, of views; its numbers are those of `counts`."""
-
         stacked = (*self.running[:4], self.masks, self.ever, self.method)
         params, buffers, first, second, masks, ever, method = pytree.tree_map(
             lambda tensor: tensor[slot], stacked
@@ -359,13 +344,6 @@ class Stack:
 
     def _inputs(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """([K, B, c, h, w], [K, B]) of the positions [K, B]."""
-        train, flat = self._setup.dataset.train, places.flatten()
-        first = torch.arange(len(places), device=places.device)[:, None] * len(train.labels)
-        images = data.augment(train.images[flat], self._offsets, (places + first).flatten())
-        x = data.to_input(
-            images,
-            self._setup.dataset.mean,
-            self._setup.dataset.deviation,
-            self._setup.settings.data.normalize,
-        )
-        return x.view(*places.shape, *x.shape[1:]), train.labels[places]
+        num = len(self._setup.dataset.train.labels)
+        first = torch.arange(len(places), device=places.device)[:, None] * num
+        return inputs(self._setup, Batches(places, self._offsets), places, places + first)
