@@ -65,18 +65,13 @@ def activate(params: Layers, masks: Layers, momenta: Layers, grads: Layers) -> d
     }
 
 
-def _order(growth: Growth, layer: Active, keys: Keys) -> Tensor:
-    """[N], lowest grows first."""
-    if growth.score == "random":
-        return noise.uniform(
-            keys.choose, torch.arange(layer.valid.shape[0], device=keys.choose.device)
-        )
-    return -{"gradient": layer.gradient, "momentum": layer.momentum}[growth.score].abs()
-
-
 def _grow(growth: Growth, layer: Active, keep: Tensor, num: Tensor, keys: Keys) -> Tensor:
     """[N] bool: the `num` positions that grow."""
-    order = _order(growth, layer, keys)
+    if growth.score == "random":
+        places = torch.arange(layer.valid.shape[0], device=keys.choose.device)
+        order = noise.uniform(keys.choose, places)
+    else:
+        order = -{"gradient": layer.gradient, "momentum": layer.momentum}[growth.score].abs()
     if growth.regrow_dropped:
         return lowest(order, ~keep, num)
     absent = ~layer.valid

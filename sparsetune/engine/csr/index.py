@@ -33,10 +33,6 @@ class Pattern(NamedTuple):
     rows: Tensor  # [n] int32, in that order
     column_ends: Tensor  # [in] int32
 
-    @property
-    def has_columns(self) -> bool:
-        return len(self.column_ends) > 0
-
 
 def pattern(index: Tensor, shape: torch.Size, with_columns: bool) -> Pattern:
     rows, columns = index // shape[1], index % shape[1]

@@ -181,7 +181,7 @@ def update_topology(slot: Slot, grads: Layers, gradient_scores: Callable[[str], 
         new_index[name] = _regrow(slot, growth, name, at, keep[name], grown)
         slot.ever[name] = union(slot.ever[name], grown)
     slot.patterns = slot.patterns | {
-        name: pattern(at, setup.sparse[name], slot.patterns[name].has_columns)
+        name: pattern(at, setup.sparse[name], len(slot.patterns[name].column_ends) > 0)
         for name, at in new_index.items()
     }
     slot.updates += 1

@@ -55,9 +55,11 @@ class Lifted:
         if step.draws(setup):
             return f"{name} draws random numbers in its forward pass, which differ in a stack"
         try:
-            probe = Lifted(1, compiles=False)
-            probe.attach(0, setup, None)
-            probe.try_step()
+            state = trainer.begin(setup)
+            stack = Stack(1, setup, state, compiles=False)
+            stack.put(0, setup, state)
+            stack.begin_epoch({0: Held(setup, state)})
+            stack.step()
         except (RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             return f"{name} cannot be lifted over trials by torch.vmap: {reason}"
@@ -112,12 +114,6 @@ class Lifted:
 
     def detach(self, slot: int) -> None:
         del self._held[slot]
-
-    def try_step(self) -> None:
-        """One step that is thrown away; raises what torch.vmap has against the network."""
-        assert self._stack is not None
-        self._stack.begin_epoch(self._held)
-        self._stack.step()
 
     def _update(self, due: dict[int, Held]) -> None:
         """All slots take the update and those due keep it: K is fixed here as well."""
@@ -284,14 +280,14 @@ class Stack:
         self._graph.replay()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        kept = [tensor.clone() for tensor in (*step.tensors(self.running), self._step_number)]
+        tensors = [*step.tensors(self.running), self._step_number]
+        kept = [tensor.clone() for tensor in tensors]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 self.step()
         torch.cuda.current_stream().wait_stream(side)
-        tensors = [*step.tensors(self.running), self._step_number]
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
@@ -323,7 +319,9 @@ class Stack:
         than the slots' own one after another: the faster of both, once for all epochs."""
         alone = step.make(self._setup)
         ways: list[Callable[..., Any]] = [torch.vmap(alone), torch.vmap(alone, chunk_size=1)]
-        if self._setup.device.type != "cuda" or not self._convolves:
+        weights = self._setup.sparse | self._setup.dense
+        convolves = any(len(shape) > 2 for shape in weights.values())
+        if self._setup.device.type != "cuda" or not convolves:
             return ways[0]
         seconds = []
         for way in ways:
@@ -336,11 +334,6 @@ class Stack:
             torch.cuda.synchronize(self._setup.device)
             seconds.append(time.perf_counter() - began)
         return ways[seconds.index(min(seconds))]
-
-    @property
-    def _convolves(self) -> bool:
-        weights = self._setup.sparse | self._setup.dense
-        return any(len(shape) > 2 for shape in weights.values())
 
     def _inputs(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """([K, B, c, h, w], [K, B]) of the positions [K, B]."""
