@@ -91,26 +91,20 @@ class Vectors:
         repeats = torch.tensor(lengths, device=device)
         owner = torch.tensor(owners, device=device)
         spared = torch.tensor(decays, device=device).logical_not()
-        self._no_decay, self._made = no_decay, dict[int, tuple[list[float], Tensor]]()
+        self._no_decay, self._made = no_decay, dict[int, tuple[tuple[float, ...], Tensor]]()
         # Those that are spared have the number after the last trial's.
         self._decay_owner = owner.masked_fill(spared, max(owners) + 1).repeat_interleave(repeats)
         self._owner = owner.repeat_interleave(repeats)
 
     def __call__(self, numbers: Sequence[Sequence[float]]) -> list[Tensor]:
         """float32 [n] for each of the numbers, which are given by trial."""
-        return [
-            self._vector(place, list(of)) for place, of in enumerate(zip(*numbers, strict=True))
-        ]
-
-    def _vector(self, place: int, numbers: list[float]) -> Tensor:
-        made = self._made.get(place)
-        if made is None or made[0] != numbers:
-            few = torch.tensor(
-                [*numbers, self._no_decay], dtype=torch.float32, device=self._owner.device
-            )
-            owner = self._owner if place else self._decay_owner
-            made = self._made[place] = numbers, few.index_select(0, owner)
-        return made[1]
+        device = self._owner.device
+        for place, of in enumerate(zip(*numbers, strict=True)):
+            if place not in self._made or self._made[place][0] != of:
+                few = torch.tensor([*of, self._no_decay], dtype=torch.float32, device=device)
+                owner = self._owner if place else self._decay_owner
+                self._made[place] = of, few.index_select(0, owner)
+        return [vector for _, vector in self._made.values()]
 
 
 class Pack:
