@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsetune.store.lines import (
-    FILE,
     Event,
     JournalError,
     LineFile,
@@ -90,12 +89,7 @@ class Record:
     widened: bool = False  # trials may have been suggested from narrower ranges
 
 
-def replay(events: Iterable[Event], source: Path | str = FILE) -> Record:
-    """The state after `events`; `source` is the file named in an error."""
-    return _replay((event, f"{source}:{event.get('seq', 0) + 1}") for event in events)
-
-
-def _replay(lines: Iterable[tuple[Event, str]], source: Path | str = "journal") -> Record:
+def _replay(lines: Iterable[tuple[Event, str]], source: Path) -> Record:
     """The state after events that come with their file and line."""
     record: Record | None = None
     for event, where in lines:
