@@ -39,15 +39,11 @@ class Keys(NamedTuple):
 
 def update_keys(masks: Layers, seed: int, number: int) -> dict[str, Keys]:
     """The streams of update `number` of the trial with this seed, for each layer."""
-    return {
-        name: Keys(
-            *(
-                torch.tensor(noise.key(seed, purpose, number, name), device=mask.device)
-                for purpose in ("choose", "value")
-            )
-        )
-        for name, mask in masks.items()
-    }
+    made = {}
+    for name, mask in masks.items():
+        streams = (noise.key(seed, purpose, number, name) for purpose in Keys._fields)
+        made[name] = Keys(*(torch.tensor(stream, device=mask.device) for stream in streams))
+    return made
 
 
 def seeded_noise(seed: int, purpose: str, device: torch.device | str) -> Noise:
