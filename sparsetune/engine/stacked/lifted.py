@@ -280,7 +280,7 @@ class Stack:
         self._graph.replay()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        tensors = [*step.tensors(self.running), self._step_number]
+        tensors = [*pytree.tree_leaves(self.running), self._step_number]
         kept = [tensor.clone() for tensor in tensors]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -309,7 +309,8 @@ class Stack:
         after, self.raw = self._lifted(*args)
         if not self._setup.moves_masks:
             after.sums[:, 1:] += self._active
-        for old, new in zip(step.tensors(self.running), step.tensors(after), strict=True):
+        leaves = map(pytree.tree_leaves, (self.running, after))
+        for old, new in zip(*leaves, strict=True):
             if new is not old:
                 old.copy_(new)
         self._step_number += 1

@@ -43,12 +43,6 @@ Step = Callable[[Running, Any, Any, Tensor, Tensor, Tensor], tuple[Running, Laye
 -> running after the step, and the loss's gradients at the weights of the forward pass."""
 
 
-def tensors(running: Running) -> list[Tensor]:
-    """All of them, in an order that depends on the structure alone."""
-    layers = (running.params, running.buffers, running.first, running.second, running.gates)
-    return [*(t for named in layers for t in named.values()), running.sums]
-
-
 def hyperparameters(setup: Setup) -> Any:
     """As the step takes them: a tree of tensors, which an object without any is not."""
     return setup.hp if dataclasses.fields(setup.hp) else ()

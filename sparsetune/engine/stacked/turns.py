@@ -46,7 +46,7 @@ class Compiled:
 
     def _in_place(self, running: step.Running, *rest: Any) -> tuple[()]:
         after, _ = self._pure(running, *rest)
-        for old, new in zip(step.tensors(running), step.tensors(after), strict=True):
+        for old, new in zip(pytree.tree_leaves(running), pytree.tree_leaves(after), strict=True):
             if new is not old:
                 old.copy_(new)
         return ()
