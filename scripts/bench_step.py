@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetune.machine import processor
-from sparsetune.methods.update import update_alone, update_keys
+from sparsetune.methods.update import update_keys, update_layers
 from sparsetune.settings import ModelSettings, TrialSettings, UpdateSettings
 from sparsetune.training import data, models, optim, trainer
 from sparsetune.training.setup import keep_freed_memory, prepare
@@ -97,7 +97,7 @@ def update_ms(name: str, source: data.Dataset, device: torch.device, repeats: in
     times = []
     for number in range(repeats):
         began = seconds(device)
-        update_alone(
+        update_layers(
             setup.method,
             state.params,
             state.masks,
@@ -108,6 +108,7 @@ def update_ms(name: str, source: data.Dataset, device: torch.device, repeats: in
             setup.hp,
             progress,
             update_keys(state.masks, 0, number),
+            alone=True,
         )
         times.append(1e3 * (seconds(device) - began))
     return times

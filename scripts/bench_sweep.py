@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from sparsetune.store import journal
+from sparsetune.store.lines import Event
 
 HERE = Path(__file__).parent
 
@@ -51,7 +52,7 @@ def ours(engine: str, options: argparse.Namespace, seed: int, folder: Path) -> d
     }
 
 
-def occupancy(events: list[journal.Event]) -> tuple[float, float]:
+def occupancy(events: list[Event]) -> tuple[float, float]:
     """Slots in use, and epochs under way at once (of all engines together): means over the middle
     half of the time between the first suggestion and the last end.
 

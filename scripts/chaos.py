@@ -39,6 +39,7 @@ from sparsetune.search.study import MemberStudy  # noqa: E402
 from sparsetune.space.member import Member, scheduling  # noqa: E402
 from sparsetune.store import journal  # noqa: E402
 from sparsetune.store.layout import trial_folder  # noqa: E402
+from sparsetune.store.lines import FILE, JournalError  # noqa: E402
 from sparsetune.training import checkpoint  # noqa: E402
 
 TITLES = {"engine": "ray::EngineActor", "trial": "ray::ImplicitFunc"}
@@ -190,7 +191,7 @@ class Chaos:
         for member in self.members:
             try:
                 events, record = journal.read(member), journal.load(member)  # refuses gaps
-            except journal.JournalError as error:
+            except JournalError as error:
                 wrong.append(str(error))
                 continue
             name = member.name
@@ -212,7 +213,7 @@ class Chaos:
     def check_decisions(self, folder: Path) -> list[str]:
         """ASHA is asked again from the beginning, on a copy of the journal."""
         with tempfile.TemporaryDirectory() as copy:
-            shutil.copy(folder / journal.FILE, copy)
+            shutil.copy(folder / FILE, copy)
             opened = journal.Journal.open(copy)
             member = Member.from_header(opened.record.header["member"])
             stopping = scheduling([member])

@@ -39,6 +39,7 @@ sys.path.append(str(HERE.parents[1] / "tests"))
 from helpers import processes  # noqa: E402
 
 from sparsetune.store import journal  # noqa: E402
+from sparsetune.store.lines import FILE  # noqa: E402
 
 SPACE = """\
 method: set
@@ -135,7 +136,7 @@ def sweep(
         seen, ended, last = 0, 0, began
         while driver.poll() is None:
             time.sleep(0.05)
-            path = next(folder.glob(f"sweeps/churn/*/{journal.FILE}"), None)
+            path = next(folder.glob(f"sweeps/churn/*/{FILE}"), None)
             if path is None:
                 continue
             with path.open("rb") as file:
@@ -160,7 +161,7 @@ def sweep(
 
 
 def count(folder: Path, trials: int, result: Result) -> None:
-    paths = folder.glob(f"sweeps/churn/*/{journal.FILE}")
+    paths = folder.glob(f"sweeps/churn/*/{FILE}")
     events = [event for path in paths for event in journal.read(path.parent)]
     ends = Counter(event["number"] for event in events if event["type"] == "end")
     result.ended = Counter(event["status"] for event in events if event["type"] == "end")
@@ -239,7 +240,7 @@ def extended(source: Path, folder: Path, trials: int) -> None:
 
 def restart(folder: Path, trials: int) -> tuple[float, float]:
     """Seconds from `resume` to the first suggestion, and to the end of the 8 trials asked for."""
-    [path] = folder.glob(f"sweeps/churn/*/{journal.FILE}")
+    [path] = folder.glob(f"sweeps/churn/*/{FILE}")
     target = folder / "sweeps/again" / path.parent.name
     extended(path.parent, target, trials)
     command = [sys.executable, "-m", "sparsetune.cli", "resume", "again", f"trials={trials + 8}"]
@@ -249,7 +250,7 @@ def restart(folder: Path, trials: int) -> tuple[float, float]:
             command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=environment()
         )
     try:
-        with (target / journal.FILE).open("rb") as file:
+        with (target / FILE).open("rb") as file:
             file.seek(0, os.SEEK_END)
             while driver.poll() is None:
                 time.sleep(0.02)

@@ -35,6 +35,7 @@ from sparsetune.space.space import Point
 from sparsetune.store import journal
 from sparsetune.store.journal import Journal, Record, Trial
 from sparsetune.store.layout import resume_command, trial_folder
+from sparsetune.store.lines import exists
 from sparsetune.store.paths import CheckpointLost, insist
 from sparsetune.sweeps.create import Extension, Writable, note_driver, opened
 from sparsetune.sweeps.progress import Progress
@@ -107,7 +108,7 @@ def _planned(search: Writable, asked: Asked) -> dict[str, Any]:
     """What the member's confirmation is, or is to be. ValueError where it cannot be as is asked."""
     member, record = search.member, search.record
     folder = winners.folder_of(search.folder, asked.multiplier)
-    if journal.exists(folder):
+    if exists(folder):
         header: dict[str, Any] = journal.header(folder)["confirm"]
         _check_same(search, header, asked, folder)
         return header
@@ -137,7 +138,7 @@ def _begin(
 ) -> Confirmation:
     """Opens the member's confirmation, or creates it."""
     folder = winners.folder_of(search.folder, asked.multiplier)
-    if journal.exists(folder):
+    if exists(folder):
         writer = Journal.open(folder)
     else:
         kept = ("sweep_id", "order", "members", "data", "network", "code", "member")

@@ -18,6 +18,7 @@ from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import inside, resume_command
+from sparsetune.store.lines import exists
 
 DENSITY_METRIC = "density/all"
 
@@ -31,7 +32,7 @@ def confirmations(member: Path) -> dict[int, Path]:
     folders = {}
     for path in inside(member):
         named = re.fullmatch(r"confirm(?:-([2-9]|[1-9]\d+)x)?", path.name)
-        if named and journal.exists(path):
+        if named and exists(path):
             folders[int(named[1] or 1)] = path
     return dict(sorted(folders.items()))
 

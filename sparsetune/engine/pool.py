@@ -138,11 +138,7 @@ class Pool:
     fewer where `share` of the device's free memory does not hold as many."""
 
     def __init__(
-        self,
-        slots: int,
-        device: str = "auto",
-        engine: str = "auto",
-        share: float = 0.8,
+        self, slots: int, device: str = "auto", engine: str = "auto", share: float = 0.8
     ) -> None:
         self.slots = slots
         self._share = share

@@ -181,14 +181,6 @@ class Scalars(Protocol):
     def __call__(self, params: Layers, state: Any, hp: Any, /) -> Layers: ...
 
 
-def _unchanged(params: Layers, gates: Layers, state: Any, hp: Any, variant: Any) -> Layers:
-    return params
-
-
-def _no_state(*_: Any) -> tuple[Any, Layers]:
-    return (), {}
-
-
 @dataclass(frozen=True)
 class NoChoices:
     """The variant of a method that has none."""
@@ -226,9 +218,9 @@ class Method(NamedTuple):
     """variant -> does an update grow exactly as many weights as it drops, over all layers? False:
     about as many (SM). Of methods that begin sparse."""
 
-    init: Init = _no_state
+    init: Init = lambda *_: ((), {})
     decide: Decide | None = None
-    sparsify: Sparsify = _unchanged
+    sparsify: Sparsify = lambda params, gates, state, hp, variant: params
     pull_back: PullBack | None = None  # None: the gradients as they are
     after_step: AfterStep | None = None
 

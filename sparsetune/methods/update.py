@@ -1,8 +1,8 @@
 """One topology update on dense tensors: a method's decision, then growth.
 
 The rule to know: this is the reference that every backend's update is tested against, and it
-lifts: `lifted_update` under `torch.vmap` is the update of many trials, equal to `update_alone` of
-each. `update` is the public form on plain dicts, for checking a rule on a worked example.
+lifts: `update_layers` under `torch.vmap` is the update of many trials, equal to that of each.
+`update` is the public form on plain dicts, for checking a rule on a worked example.
 """
 
 from __future__ import annotations
@@ -39,15 +39,11 @@ class Keys(NamedTuple):
 
 def update_keys(masks: Layers, seed: int, number: int) -> dict[str, Keys]:
     """The streams of update `number` of the trial with this seed, for each layer."""
-    return {
-        name: Keys(
-            *(
-                torch.tensor(noise.key(seed, purpose, number, name), device=mask.device)
-                for purpose in ("choose", "value")
-            )
-        )
-        for name, mask in masks.items()
-    }
+    made = {}
+    for name, mask in masks.items():
+        streams = (noise.key(seed, purpose, number, name) for purpose in Keys._fields)
+        made[name] = Keys(*(torch.tensor(stream, device=mask.device) for stream in streams))
+    return made
 
 
 def seeded_noise(seed: int, purpose: str, device: torch.device | str) -> Noise:
@@ -65,18 +61,13 @@ def activate(params: Layers, masks: Layers, momenta: Layers, grads: Layers) -> d
     }
 
 
-def _order(growth: Growth, layer: Active, keys: Keys) -> Tensor:
-    """[N], lowest grows first."""
-    if growth.score == "random":
-        return noise.uniform(
-            keys.choose, torch.arange(layer.valid.shape[0], device=keys.choose.device)
-        )
-    return -{"gradient": layer.gradient, "momentum": layer.momentum}[growth.score].abs()
-
-
 def _grow(growth: Growth, layer: Active, keep: Tensor, num: Tensor, keys: Keys) -> Tensor:
     """[N] bool: the `num` positions that grow."""
-    order = _order(growth, layer, keys)
+    if growth.score == "random":
+        places = torch.arange(layer.valid.shape[0], device=keys.choose.device)
+        order = noise.uniform(keys.choose, places)
+    else:
+        order = -{"gradient": layer.gradient, "momentum": layer.momentum}[growth.score].abs()
     if growth.regrow_dropped:
         return lowest(order, ~keep, num)
     absent = ~layer.valid
@@ -85,7 +76,7 @@ def _grow(growth: Growth, layer: Active, keep: Tensor, num: Tensor, keys: Keys) 
     return first | lowest(order, layer.valid & ~keep, more)
 
 
-def lifted_update(
+def update_layers(
     method: Method,
     params: Layers,
     masks: Layers,
@@ -96,59 +87,29 @@ def lifted_update(
     hp: Any,
     progress: Tensor,
     keys: dict[str, Keys],
+    alone: bool = False,
 ) -> tuple[Layers, Layers, dict[str, Tensor], Any]:
     """(changed params, masks, where{name: bool} moments are to be zero, state).
 
-    Only weights of sparse layers are returned. Nothing passed in is changed.
+    Only weights of sparse layers are returned. Nothing passed in is changed. `alone`: of one model,
+    where shapes may depend on values; it decides on the active weights alone, as a truly sparse
+    backend does, which at density 0.1 is a tenth of the work.
     """
     assert method.decide is not None
-    active = activate(params, masks, momenta, grads)
+    active = seen = activate(params, masks, momenta, grads)
     shapes: Shapes = {name: mask.shape for name, mask in masks.items()}
-    keep, grow, state = method.decide(active, shapes, state, hp, progress, variant)
-    return *_regrown(method, active, shapes, keep, grow, variant, keys), state
-
-
-def update_alone(
-    method: Method,
-    params: Layers,
-    masks: Layers,
-    momenta: Layers,
-    grads: Layers,
-    state: Any,
-    variant: Any,
-    hp: Any,
-    progress: Tensor,
-    keys: dict[str, Keys],
-) -> tuple[Layers, Layers, dict[str, Tensor], Any]:
-    """`lifted_update` of one model, where shapes may depend on values: it decides on the active
-    weights alone, as a truly sparse backend does, which at density 0.1 is a tenth of the work."""
-    assert method.decide is not None
-    active = activate(params, masks, momenta, grads)
-    shapes: Shapes = {name: mask.shape for name, mask in masks.items()}
-    places = {name: layer.valid.nonzero().squeeze(1) for name, layer in active.items()}
-    values = {name: Active(*(t[places[name]] for t in layer)) for name, layer in active.items()}
-    kept, grow, state = method.decide(values, shapes, state, hp, progress, variant)
-    keep = {
-        name: torch.zeros_like(layer.valid).index_put_((places[name],), kept[name])
-        for name, layer in active.items()
-    }
-    return *_regrown(method, active, shapes, keep, grow, variant, keys), state
-
-
-def _regrown(
-    method: Method,
-    active: dict[str, Active],
-    shapes: Shapes,
-    keep: Layers,
-    grow: Layers,
-    variant: Any,
-    keys: dict[str, Keys],
-) -> tuple[Layers, Layers, Layers]:
-    """(params, masks, where{name: bool} moments are to be zero) after the decision."""
+    places: Layers = {}
+    if alone:
+        places = {name: layer.valid.nonzero().squeeze(1) for name, layer in active.items()}
+        seen = {name: Active(*(t[places[name]] for t in layer)) for name, layer in active.items()}
+    keep, grow, state = method.decide(seen, shapes, state, hp, progress, variant)
     growth = method.growth(variant)
     new_params, new_masks, reset = {}, {}, {}
     for name, layer in active.items():
-        mask = kept = layer.valid & keep[name]
+        stays = keep[name]
+        if alone:
+            stays = torch.zeros_like(layer.valid).index_put_((places[name],), stays)
+        mask = kept = layer.valid & stays
         survivors, new = kept, torch.zeros((), dtype=layer.value.dtype, device=kept.device)
         if growth is not None:
             grown = _grow(growth, layer, kept, grow[name], keys[name])
@@ -165,7 +126,7 @@ def _regrown(
         # A dense gradient at every step fills the moments of absent weights, on purpose.
         if method.dense_gradient(variant) != "always":
             reset[name] = ~kept.view(shape)
-    return new_params, new_masks, reset
+    return new_params, new_masks, reset, state
 
 
 def _check_given(method: Method, variant: Any, params: Any, masks: Any, **given: Any) -> None:
@@ -239,7 +200,7 @@ def update(
 
     reset: Layers = {}
     if method.decide is not None:
-        changed, new_masks, reset, state = update_alone(
+        changed, new_masks, reset, state = update_layers(
             method,
             new_params,
             new_masks,
@@ -250,6 +211,7 @@ def update(
             settings,
             torch.tensor(progress, dtype=torch.float64, device=device),
             update_keys(new_masks, seed, number),
+            alone=True,
         )
     elif method.after_step is not None:
         changed, _, reset = method.after_step(new_params, state, settings, choices)

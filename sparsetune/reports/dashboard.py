@@ -27,6 +27,7 @@ from sparsetune.space.member import Member, load_member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders
+from sparsetune.store.lines import JournalError
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 2.0
@@ -129,7 +130,7 @@ def _follow(copies: list[Copy]) -> None:
         try:
             for copy in copies:
                 copy.update()
-        except (OSError, journal.JournalError) as error:  # the storage is away; it may come back
+        except (OSError, JournalError) as error:  # the storage is away; it may come back
             if said != (said := str(error)):
                 print(f"sparsetune: {error}", file=sys.stderr)
         # A large sweep takes longer to read: then it is read less often.

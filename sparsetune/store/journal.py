@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsetune.store.lines import (
-    FILE,
     Event,
     JournalError,
     LineFile,
@@ -42,34 +41,12 @@ from sparsetune.store.lines import (
     Segments,
     decode,
     encode,
-    exists,
     first_file,
     home,
     parts,
 )
-from sparsetune.store.lock import Holder, SweepHeld, SweepLock, holder
+from sparsetune.store.lock import SweepHeld
 from sparsetune.store.paths import S3Path, StorageAway, Trouble, give_up, insist, place, why
-
-__all__ = [
-    "ENDED",
-    "FILE",
-    "FORMAT",
-    "Event",
-    "Holder",
-    "Journal",
-    "JournalError",
-    "Record",
-    "Report",
-    "SweepHeld",
-    "SweepLock",
-    "Trial",
-    "exists",
-    "holder",
-    "home",
-    "load",
-    "read",
-    "replay",
-]
 
 FORMAT = 1
 ENDED = ("finished", "stopped", "diverged", "failed")
@@ -112,12 +89,7 @@ class Record:
     widened: bool = False  # trials may have been suggested from narrower ranges
 
 
-def replay(events: Iterable[Event], source: Path | str = FILE) -> Record:
-    """The state after `events`; `source` is the file named in an error."""
-    return _replay((event, f"{source}:{event.get('seq', 0) + 1}") for event in events)
-
-
-def _replay(lines: Iterable[tuple[Event, str]], source: Path | str = "journal") -> Record:
+def _replay(lines: Iterable[tuple[Event, str]], source: Path) -> Record:
     """The state after events that come with their file and line."""
     record: Record | None = None
     for event, where in lines:
@@ -139,17 +111,13 @@ def _replay(lines: Iterable[tuple[Event, str]], source: Path | str = "journal") 
 
 def read(folder: Path | str) -> list[Event]:
     """All events, also while a sweep writes: a torn or incomplete last line is left out."""
-    return [event for event, _ in _parse(parts(_place(folder)))[0]]
+    return [event for event, _ in _parse(parts(place(folder)))[0]]
 
 
 def load(folder: Path | str) -> Record:
     """The state of the journal in `folder`, for readers."""
-    folder = _place(folder)
+    folder = place(folder)
     return _replay(_parse(parts(folder))[0], home(folder))
-
-
-def _place(folder: Path | str) -> Path:
-    return place(folder) if isinstance(folder, str) else folder
 
 
 class Journal:
@@ -171,7 +139,7 @@ class Journal:
     @classmethod
     def create(cls, folder: Path | str, header: Event) -> Journal:
         """A new journal whose first event is `header` (which must have `trials`)."""
-        path = home(_place(folder))
+        path = home(place(folder))
         # A file without one whole line is what a driver killed in this very call leaves behind.
         if path.exists() and (isinstance(path, S3Path) or b"\n" in path.read_bytes()):
             raise JournalError(f"{path}: exists already; resume it, or take another name")
@@ -191,7 +159,7 @@ class Journal:
     @classmethod
     def open(cls, folder: Path | str) -> Journal:
         """The existing journal, ready for more; a torn last line is cut off the file."""
-        path = home(_place(folder))
+        path = home(place(folder))
         found = parts(path.parent)
         events, sizes = _parse(found)
         record = _replay(events, path)
@@ -374,7 +342,7 @@ def _parse(found: list[Part]) -> tuple[list[tuple[Event, str]], list[int]]:
 
 def header(folder: Path | str) -> Event:
     """The first event of the journal in `folder`; reads no more than that line's file."""
-    path = first_file(_place(folder))
+    path = first_file(place(folder))
     try:
         with path.open("rb") as file:
             first = decode(file.readline().rstrip(b"\n"))

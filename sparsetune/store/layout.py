@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from sparsetune.store import journal
+from sparsetune.store.lines import exists, home
 from sparsetune.store.paths import S3Path, place
 
 
@@ -21,8 +22,8 @@ def member_folders(storage: Path, name: str) -> list[Path]:
     if name.count("/") > 1:
         raise ValueError(f"name: '{name}' is neither a sweep nor a member, such as mnist/set@0.05")
     folder = storage / name
-    members = [folder] if journal.exists(folder) else []
-    members = members or [path for path in inside(folder) if journal.exists(path)]
+    members = [folder] if exists(folder) else []
+    members = members or [path for path in inside(folder) if exists(path)]
     if not members:
         known = ", ".join(sweeps(storage)) or "none"
         raise ValueError(f"name: there is no sweep '{name}' in {storage}; there are: {known}")
@@ -39,7 +40,7 @@ def member_folders(storage: Path, name: str) -> list[Path]:
         path = folder / member.partition("/")[2]
         if path not in headers:
             raise ValueError(
-                f"{journal.home(path)}: no journal here, and the sweep has this member; restore "
+                f"{home(path)}: no journal here, and the sweep has this member; restore "
                 f"it from a copy, or name a member: {name}/{members[0].name}"
             )
     return sorted(members, key=lambda path: (orders[path], path.name))
@@ -52,7 +53,7 @@ def inside(folder: Path) -> list[Path]:
 def sweeps(storage: Path) -> list[str]:
     """Names of the sweeps in a storage."""
     folders = [path for path in inside(storage) if not path.name.startswith(".")]
-    return sorted(path.name for path in folders if any(map(journal.exists, inside(path))))
+    return sorted(path.name for path in folders if any(map(exists, inside(path))))
 
 
 def trial_folder(member_folder: Path, number: int) -> Path:

@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from sparsetune.store.paths import S3Path, place
@@ -73,7 +72,7 @@ def holder(folder: Path | str) -> Holder | None:
 
 
 def _path(folder: Path | str) -> Path:
-    return (place(folder) if isinstance(folder, str) else folder) / LOCK_FILE
+    return place(folder) / LOCK_FILE
 
 
 class SweepLock:
@@ -117,12 +116,7 @@ class SweepLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _beat(self, seconds: float) -> None:

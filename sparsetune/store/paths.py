@@ -36,8 +36,10 @@ class StorageAway(OSError):
     """Storage that cannot be read or written; says which, why and what to do."""
 
 
-def place(text: str) -> Path:
-    """The path of a local folder or of an `s3://` URL."""
+def place(text: str | Path) -> Path:
+    """The path of a local folder or of an `s3://` URL; a path as it is."""
+    if isinstance(text, Path):
+        return text
     return S3Path("/" + text.removeprefix(SCHEME)) if text.startswith(SCHEME) else Path(text)
 
 

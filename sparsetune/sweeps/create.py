@@ -20,8 +20,10 @@ from sparsetune.machine import hardware, versions
 from sparsetune.space import config, networks
 from sparsetune.space.member import Member, Sweep
 from sparsetune.space.resolve import check_machine
-from sparsetune.store.journal import Event, Journal, Record, SweepLock, exists, home
+from sparsetune.store.journal import Journal, Record
 from sparsetune.store.layout import inside, member_folders, resume_command
+from sparsetune.store.lines import Event, exists, home
+from sparsetune.store.lock import SweepLock
 from sparsetune.store.paths import S3Path
 from sparsetune.sweeps import unchanged
 

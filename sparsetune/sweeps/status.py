@@ -13,8 +13,9 @@ from rich.table import Table
 
 from sparsetune.space.member import Member, load_member
 from sparsetune.store import journal
-from sparsetune.store.journal import Trial, holder
+from sparsetune.store.journal import Trial
 from sparsetune.store.layout import member_folders, sweeps
+from sparsetune.store.lock import holder
 from sparsetune.terminal import settings_shown, shown, wide_console
 
 STATUSES = ("finished", "running", "stopped", "diverged", "failed")

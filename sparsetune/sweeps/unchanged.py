@@ -16,7 +16,7 @@ from sparsetune.space import config
 from sparsetune.space.member import Member
 from sparsetune.space.resolve import reworded
 from sparsetune.space.space import Space
-from sparsetune.store.journal import Event
+from sparsetune.store.lines import Event
 from sparsetune.sweeps import source_code
 from sparsetune.training.data import Dataset
 from sparsetune.training.data import load as load_data

@@ -17,13 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sparsetune.methods import noise, update
-from sparsetune.methods.contract import (
-    Active,
-    Layers,
-    Method,
-    make_hyperparameters,
-    make_variant,
-)
+from sparsetune.methods.contract import Active, Layers, Method, make_hyperparameters, make_variant
 from sparsetune.methods.distribution import counts
 from sparsetune.methods.update import activate, update_keys
 
@@ -149,17 +143,17 @@ def difference(got: Any, expected: Any, rtol: float = 1e-12) -> str:
     if pytree.tree_structure(got) != pytree.tree_structure(expected):
         return f"{pytree.tree_structure(got)} instead of {pytree.tree_structure(expected)}"
     leaves = pytree.tree_flatten_with_path(got)[0]
-    for (path, one), other in zip(leaves, pytree.tree_leaves(expected), strict=True):
-        if not isinstance(one, Tensor):
+    for (path, leaf), other in zip(leaves, pytree.tree_leaves(expected), strict=True):
+        if not isinstance(leaf, Tensor):
             continue
-        shown = [f"{t.dtype} {list(t.shape)}" for t in (one, other)]
+        shown = [f"{t.dtype} {list(t.shape)}" for t in (leaf, other)]
         if shown[0] == shown[1]:
-            exact = one.dtype != torch.float64
-            one, other = one.double(), other.double()
-            if torch.allclose(one, other, 0 if exact else rtol, 0, equal_nan=True):
+            exact = leaf.dtype != torch.float64
+            leaf, other = leaf.double(), other.double()
+            if torch.allclose(leaf, other, 0 if exact else rtol, 0, equal_nan=True):
                 continue
-            at = int((one - other).abs().argmax())
-            shown = [f"{t.flatten()[at]:.9g}" for t in (one, other)]
+            at = int((leaf - other).abs().argmax())
+            shown = [f"{t.flatten()[at]:.9g}" for t in (leaf, other)]
         return f"{pytree.keystr(path)} is {shown[0]} instead of {shown[1]}"
     return ""
 

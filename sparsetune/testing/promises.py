@@ -21,7 +21,7 @@ from sparsetune.engine.csr.backend import Csr
 from sparsetune.engine.pool import Backend
 from sparsetune.engine.solo import Solo
 from sparsetune.methods.contract import Growth, Method, make_hyperparameters, make_variant
-from sparsetune.methods.update import lifted_update
+from sparsetune.methods.update import update_layers
 from sparsetune.settings import ModelSettings, TrainSettings, TrialSettings, UpdateSettings
 from sparsetune.testing.examples import (
     DIVERGED,
@@ -53,11 +53,8 @@ def _expect(holds: object, message: str) -> None:
 def declarations_are_known(method: Method, words: Words) -> None:
     """What a method says of itself are words that the backends know, and fit each other."""
     variant, bounds = make_variant(method, words), numbers(method, words, 0.0)
-    growth, dense, needs = (
-        method.growth(variant),
-        method.dense_gradient(variant),
-        method.needs(variant),
-    )
+    growth, dense = method.growth(variant), method.dense_gradient(variant)
+    needs = method.needs(variant)
     _expect(dense in ("never", "at_update", "always"), f"dense_gradient gives {dense!r}")
     _expect(needs <= {"momentum", "gradient"}, f"needs gives {needs!r}")
     _expect(bounds.keys() >= method.at_most(variant).keys(), "at_most names no hyperparameter")
@@ -68,9 +65,8 @@ def declarations_are_known(method: Method, words: Words) -> None:
         return
     scores = {"random": {"never"}, "gradient": {"at_update"}, "momentum": set[str]()}
     known = growth.score in scores and growth.new_value in ("zero", "normal", "keep")
-    _expect(
-        isinstance(growth, Growth) and known, f"growth gives {growth}; see Growth for its words"
-    )
+    known = known and isinstance(growth, Growth)
+    _expect(known, f"growth gives {growth}; see Growth for its words")
     if growth.score != "random":
         _expect(growth.score in needs, f"grows by {growth.score}, which needs does not name")
         fits = dense in scores[growth.score] | {"always"}
@@ -109,10 +105,8 @@ def decisions_have_their_form(method: Method, words: Words) -> None:
                 _expect(fits, f"grow[{name!r}] is {grow[name].dtype}; count in float64: ops.count")
                 num, left = float(grow[name]), int(stays[active[name].valid].sum())
                 room = h.shapes[name].numel() - left
-                fits = num == round(num) and 0 <= num <= room
-                _expect(
-                    fits, f"grow[{name!r}] is {num}; give whole numbers from 0 to the {room} free"
-                )
+                fits, mend = num == round(num) and 0 <= num <= room, "give whole numbers from 0"
+                _expect(fits, f"grow[{name!r}] is {num}; {mend} to the {room} free")
             forms = [pytree.tree_map(lambda t: (t.dtype, t.shape), s) for s in (state, h.state)]
             _expect(forms[0] == forms[1], f"the state was {forms[1]}, and after decide {forms[0]}")
         (keep, *rest), (kept, *other) = made
@@ -162,7 +156,7 @@ def lifted_updates_equal_those_alone(method: Method, words: Words) -> None:
             p: Any, m: Any, v: Any, g: Any, state: Any, hp: Any, done: Any, keys: Any
         ) -> Any:
             variant = make_variant(method, words)
-            return lifted_update(method, p, m, v, g, state, variant, hp, done, keys)
+            return update_layers(method, p, m, v, g, state, variant, hp, done, keys)
 
         args = pytree.tree_map(lambda *each: torch.stack(each), *rows)
         params, masks, reset, state = torch.vmap(lifted)(*args)
@@ -196,14 +190,10 @@ def lifted_steps_equal_those_alone(method: Method, words: Words) -> None:
     for k, row in enumerate(rows):
         picked, alone = pytree.tree_map(lambda t, k=k: t[k], lifted), both(*row)
         for name, scalar in alone[1][-1].items():
-            _expect(
-                scalar.shape == (), f"metrics: {name} has shape {list(scalar.shape)}; give a mean"
-            )
-        wrong = difference(
-            pytree.tree_map(torch.Tensor.double, picked),
-            pytree.tree_map(torch.Tensor.double, alone),
-            1e-5,
-        )
+            shape = list(scalar.shape)
+            _expect(not shape, f"metrics: {name} has shape {shape}; give a mean")
+        got, expected = (pytree.tree_map(Tensor.double, tree) for tree in (picked, alone))
+        wrong = difference(got, expected, 1e-5)
         _expect(not wrong, f"trial {k} has {wrong}; cast numbers, and sum in float64")
 
 
@@ -255,10 +245,8 @@ def absent_weights_are_zero(method: Method, words: Words) -> None:
             was, moved = given.momenta[name], momenta[name] != given.momenta[name]
             _expect(not bool(params[name][~mask].any()), f"{name} holds weights where it has none")
             stays = mask & given.masks[name] & (params[name] != 0) & (momenta[name] != 0)
-            same = torch.equal(
-                params[name][stays].nan_to_num(), given.params[name][stays].nan_to_num()
-            )
-            _expect(same, f"weights of {name} that stay have changed")
+            after, before = (p[name][stays].nan_to_num() for p in (params, given.params))
+            _expect(torch.equal(after, before), f"weights of {name} that stay have changed")
             clear = not bool(momenta[name][~mask | ~given.masks[name]].any())
             _expect(always or clear, f"{name} has momenta of absent or new weights")
             reset = not bool(momenta[name][moved & mask].any())
@@ -323,9 +311,8 @@ def hard_cases_end_well(method: Method, words: Words) -> None:
                     same = sum(after.values()) == sum(before.values())
                     _expect(same, f"{before} became {after} {where}; ops.lowest takes NaN")
                 finite = all(bool(t.isfinite().all()) for t in pytree.tree_leaves((step, state)))
-                _expect(
-                    finite or not fine, f"NaN or infinity {where}; clamp(min=1) before dividing"
-                )
+                finite = finite or not fine
+                _expect(finite, f"NaN or infinity {where}; clamp(min=1) before dividing")
             variant = make_variant(method, words)
             scalars = method.metrics(given.params, state, make_hyperparameters(method, hp, variant))
             finite = all(bool(scalar.isfinite()) for scalar in scalars.values())
@@ -367,11 +354,8 @@ def _setup(method: Method, words: Words) -> Setup:
 def training_goes_on_from_a_checkpoint(method: Method, words: Words) -> None:
     """A trial trains, alike by the solo trainer and on the values of truly sparse layers where
     those can, and goes on from a checkpoint as if it had not been interrupted."""
-    if (
-        words
-        and sum(w != d for w, d in zip(words.values(), variants(method)[0].values(), strict=True))
-        > 1
-    ):
+    defaults = variants(method)[0]
+    if sum(word != defaults[name] for name, word in words.items()) > 1:
         return  # the defaults, and each other word beside them
     setup = _setup(method, words)
     ends: list[tuple[TrialState, Metrics]] = []
@@ -393,9 +377,8 @@ def training_goes_on_from_a_checkpoint(method: Method, words: Words) -> None:
     _expect(not wrong, f"resumed, {wrong}; what is remembered belongs into the state")
     fixed = method.closes or (method.begins == "sparse" and method.keeps_count(setup.variant))
     num, goal = sum(num_active(ends[0][0].masks).values()), sum(setup.targets.values())
-    _expect(
-        num == goal or not fixed, f"training ends with {num} weights, and {goal} were asked for"
-    )
+    met = num == goal or not fixed
+    _expect(met, f"training ends with {num} weights, and {goal} were asked for")
     for state, metrics in ends[2:]:
         wrong = difference(state.masks, ends[0][0].masks)
         same = all(abs(metrics[k] - v) <= 1e-3 * max(1, abs(v)) for k, v in ends[0][1].items())

@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsetune.methods import noise
 from sparsetune.names import import_object, suggestion, users_code
 from sparsetune.settings import ModelSettings, check_group
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
-Uniform = Callable[
-    [str, str, int], Tensor
-]  # purpose, parameter name, num -> float64 [num] in [0, 1)
 
 LENET300100_WIDTHS = (300, 100)
 LENET5_WIDTHS = (20, 50, 500)
@@ -157,12 +155,11 @@ def weights(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def initial_params(
-    settings: ModelSettings, input_shape: Shape, num_classes: int, seed: int, uniform: Uniform
+    settings: ModelSettings, input_shape: Shape, num_classes: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters (float32) and buffers of a new trial, on the CPU, keyed by its seed.
 
-    `uniform(purpose, name, num)` -> float64 [num] in [0, 1), keyed by the seed too. Our own
-    networks take parameter number i (flat order) from `uniform("init", name, numel)[i]` and
+    Our own networks take parameter number i (flat order) from `noise.uniform` of position i and
     `init_bound`, so that a truly sparse backend can draw the positions that it holds and no others.
     A user's class initialises itself from PyTorch's CPU generator, seeded by `seed`.
     """
@@ -179,7 +176,8 @@ def initial_params(
     for layer_name, layer in module.named_children():
         bound = init_bound(layer.get_parameter("weight").shape)
         for name, parameter in layer.named_parameters(prefix=layer_name):
-            drawn = uniform("init", name, parameter.numel())
+            stream, places = noise.key(seed, "init", 0, name), torch.arange(parameter.numel())
+            drawn = noise.uniform(stream, places)
             params[name] = initial_values(drawn, bound).reshape(parameter.shape)
     return params, {}
 

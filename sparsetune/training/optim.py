@@ -46,10 +46,7 @@ def step_numbers(
 ) -> list[float]:
     """All that a trial's optimizer step `step` (counted from 1) needs to know but what a pool
     shares (the optimizer's name, nesterov); the first number is about weight decay."""
-    return _numbers(settings, learning_rate(schedule, settings.lr, step - 1, num_steps), step)
-
-
-def _numbers(settings: OptimizerSettings, lr: float, step: int) -> list[float]:
+    lr = learning_rate(schedule, settings.lr, step - 1, num_steps)
     if settings.name == "sgd":
         numbers = [settings.weight_decay, settings.momentum, lr]
         return [*numbers, lr * settings.momentum] if settings.nesterov else numbers
@@ -75,17 +72,15 @@ def apply_step(
     grads: dict[str, Tensor],
     moments: Moments,
     decays: dict[str, bool],
-    lr: float,
-    step: int,
+    numbers: list[float],
 ) -> None:
-    """One optimizer step (`step` counts from 1), changing params and moments in place.
+    """One step with these `step_numbers`, changing params and moments in place.
 
     `grads` are used up: their tensors hold something else afterwards.
     `decays` says which parameters weight decay applies to; SGD couples it, AdamW does not.
     """
-    decay, *numbers = _numbers(settings, lr, step)
     for name, p in params.items():
-        own = [decay if decays[name] else no_decay(settings), *numbers]
+        own = numbers if decays[name] else [no_decay(settings), *numbers[1:]]
         step_in_place(settings, p, grads[name], moments.first[name], moments.second.get(name), own)
 
 

@@ -16,15 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsetune.methods import Method, find
-from sparsetune.methods.contract import (
-    Shapes,
-    UpdateSchedule,
-    make_hyperparameters,
-    make_variant,
-)
+from sparsetune.methods.contract import Shapes, UpdateSchedule, make_hyperparameters, make_variant
 from sparsetune.methods.distribution import counts, split_layers, total_for
 from sparsetune.settings import DataSettings, TrialSettings, check_group, check_value, from_dict
-from sparsetune.training import data, models
+from sparsetune.training import data, models, optim
 from sparsetune.training.flops import forward_flops
 
 DATASETS = 8  # that stay in a process; a search over more of them reads some again
@@ -63,6 +58,21 @@ class Setup(NamedTuple):
     @property
     def num_steps(self) -> int:
         return self.steps_per_epoch * self.settings.epochs
+
+    def step_numbers(self, step: int) -> list[float]:
+        """`optim.step_numbers` of the trial's optimizer step `step`, counted from 1."""
+        settings = self.settings
+        return optim.step_numbers(settings.optimizer, settings.schedule, step, self.num_steps)
+
+    def progress(self, step: int) -> Tensor:
+        """`UpdateSchedule.progress` after that step, as methods are told it."""
+        share = self.schedule.progress(step, self.num_steps)
+        return torch.tensor(share, dtype=torch.float64, device=self.device)
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """`data.to_input` of images on the device."""
+        own = self.dataset
+        return data.to_input(images, own.mean, own.deviation, self.settings.data.normalize)
 
     @property
     def masks_gradients(self) -> bool:
@@ -193,13 +203,14 @@ def batches(setup: Setup, epoch: int) -> Batches:
     )
 
 
-def inputs(setup: Setup, epoch: Batches, places: Tensor) -> tuple[Tensor, Tensor]:
-    """The network's input and labels of a part of `epoch.places`, [*n, c, h, w] and [*n]."""
+def inputs(
+    setup: Setup, epoch: Batches, places: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The network's input and labels of a part of `epoch.places`, [*n, c, h, w] and [*n]. `rows`:
+    which of the offsets are theirs, where that is not those at the places."""
     train, flat = setup.dataset.train, places.flatten()
-    images = data.augment(train.images[flat], epoch.offsets, flat)
-    x = data.to_input(
-        images, setup.dataset.mean, setup.dataset.deviation, setup.settings.data.normalize
-    )
+    rows = flat if rows is None else rows.flatten()
+    x = setup.to_input(data.augment(train.images[flat], epoch.offsets, rows))
     return x.view(*places.shape, *x.shape[1:]), train.labels[places]
 
 

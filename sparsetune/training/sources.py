@@ -173,12 +173,9 @@ class _Source(NamedTuple):
 
     def identity(self) -> tuple[object, ...]:
         """Changes when a file does, without reading any."""
-        stats = [(str(file.resolve()), file.stat()) for file in self.files]
-        return (
-            self.kind,
-            *self.classes,
-            *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats),
-        )
+        stats = ((file, file.stat()) for file in self.files)
+        files = ((str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+        return self.kind, *self.classes, *files
 
     def decode(self, num: int) -> Decoded:
         if self.kind == "parquet":

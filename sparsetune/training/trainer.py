@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from sparsetune.methods import noise
 from sparsetune.methods.contract import Layers
 from sparsetune.methods.distribution import random_masks
-from sparsetune.methods.update import activate, seeded_noise, update_alone, update_keys
+from sparsetune.methods.update import activate, seeded_noise, update_keys, update_layers
 from sparsetune.training import data, models, optim
 from sparsetune.training.flops import trial_flops
 from sparsetune.training.setup import Setup, batches, inputs, is_due
@@ -44,22 +45,18 @@ class TrialState(NamedTuple):
     masks: Layers
     ever: Layers
     method: Any
-    epoch: int
-    step: int
-    updates: int
-    flops: float  # of all training so far
-    diverged: bool
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    flops: float = 0.0  # of all training so far
+    diverged: bool = False
 
 
 def begin(setup: Setup) -> TrialState:
     """The state before the first step: a function of the settings and the seed."""
     settings, method, device = setup.settings, setup.method, setup.device
-
-    def drawn(purpose: str, name: str, num: int) -> Tensor:
-        return noise.uniform(noise.key(settings.seed, purpose, 0, name), torch.arange(num))
-
     params, buffers = models.initial_params(
-        settings.model, setup.dataset.input_shape, setup.dataset.num_classes, settings.seed, drawn
+        settings.model, setup.dataset.input_shape, setup.dataset.num_classes, settings.seed
     )
     if method.begins == "sparse":
         masks = random_masks(setup.sparse, setup.targets, settings.seed)
@@ -73,19 +70,8 @@ def begin(setup: Setup) -> TrialState:
     params |= extra
     if method.masks_of is not None:
         masks = method.masks_of(params)
-    return TrialState(
-        params,
-        buffers,
-        optim.begin(settings.optimizer, params),
-        masks,
-        dict(masks),
-        state,
-        epoch=0,
-        step=0,
-        updates=0,
-        flops=0.0,
-        diverged=False,
-    )
+    moments = optim.begin(settings.optimizer, params)
+    return TrialState(params, buffers, moments, masks, dict(masks), state)
 
 
 def begin_method(setup: Setup, params: Layers, masks: Layers) -> tuple[Any, Layers]:
@@ -103,12 +89,9 @@ def begin_method(setup: Setup, params: Layers, masks: Layers) -> tuple[Any, Laye
 
 def copied(state: TrialState) -> TrialState:
     """A state whose tensors this epoch may change in place."""
-    first, second = ({k: t.clone() for k, t in moment.items()} for moment in state.moments)
-    return state._replace(
-        params={k: t.clone() for k, t in state.params.items()},
-        buffers={k: t.clone() for k, t in state.buffers.items()},
-        moments=optim.Moments(first, second),
-    )
+    changing = ("params", "buffers", "moments")
+    copies = {kind: pytree.tree_map(torch.clone, getattr(state, kind)) for kind in changing}
+    return state._replace(**copies)
 
 
 def _forward_params(setup: Setup, state: TrialState, gates: Layers) -> Layers:
@@ -128,7 +111,7 @@ def _logits(setup: Setup, params: Layers, buffers: Layers, images: Tensor) -> Te
 def topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialState:
     """The state after one prune-and-grow event, with the batch's dense gradients."""
     momenta = optim.momentum_of(setup.settings.optimizer, state.moments)
-    changed, masks, reset, method_state = update_alone(
+    changed, masks, reset, method_state = update_layers(
         setup.method,
         state.params,
         state.masks,
@@ -137,25 +120,22 @@ def topology_update(setup: Setup, state: TrialState, grads: Layers) -> TrialStat
         state.method,
         setup.variant,
         setup.hp,
-        torch.tensor(
-            setup.schedule.progress(state.step, setup.num_steps),
-            dtype=torch.float64,
-            device=setup.device,
-        ),
+        setup.progress(state.step),
         update_keys(state.masks, setup.settings.seed, state.updates),
+        alone=True,
     )
-    for name, value in changed.items():
-        state.params[name].copy_(value)
-    _reset(state.moments, reset)
+    _take(state, changed, reset)
     ever = {name: seen | masks[name] for name, seen in state.ever.items()}
     return state._replace(masks=masks, ever=ever, method=method_state, updates=state.updates + 1)
 
 
-def _reset(moments: optim.Moments, where: Layers) -> None:
-    for moment in moments:
-        for name in where:
-            if name in moment:
-                moment[name].masked_fill_(where[name], 0)
+def _take(state: TrialState, changed: Layers, reset: Layers) -> None:
+    """Writes what a method has changed into the state; moments are zero where they are `reset`."""
+    for name, value in changed.items():
+        state.params[name].copy_(value)
+    for moment in state.moments:
+        for name in reset.keys() & moment.keys():
+            moment[name].masked_fill_(reset[name], 0)
 
 
 def num_active(setup: Setup, gates: Layers) -> Tensor:
@@ -176,8 +156,7 @@ def train_step(
 
     Changes tensors in place; `gates` come back as the same object where no mask changed.
     """
-    settings, method = setup.settings, setup.method
-    step = state.step + 1
+    method, step = setup.method, state.step + 1
     params = _forward_params(setup, state, gates)
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     loss = F.cross_entropy(_logits(setup, leaves, state.buffers, images), labels)
@@ -191,11 +170,9 @@ def train_step(
         if setup.masks_gradients:
             for name, gate in gates.items():
                 grads[name].mul_(gate)
-        lr = optim.learning_rate(
-            settings.schedule, settings.optimizer.lr, state.step, setup.num_steps
-        )
         decays = {name: method.decays(name, setup.variant) for name in state.params}
-        optim.apply_step(settings.optimizer, state.params, grads, state.moments, decays, lr, step)
+        numbers, optimizer = setup.step_numbers(step), setup.settings.optimizer
+        optim.apply_step(optimizer, state.params, grads, state.moments, decays, numbers)
         if setup.fixes_weights and not setup.masks_gradients:
             for name, gate in gates.items():
                 state.params[name].mul_(gate)
@@ -204,9 +181,7 @@ def train_step(
             changed, gates, reset = method.after_step(
                 state.params, state.method, setup.hp, setup.variant
             )
-            for name, value in changed.items():
-                state.params[name].copy_(value)
-            _reset(state.moments, reset)
+            _take(state, changed, reset)
         if due:
             state = topology_update(setup, state, dense)
             gates = gates_of(setup, state)
@@ -266,9 +241,7 @@ def end_epoch(
     measured = measure(setup, state, before.masks)
     metrics = epoch_metrics(setup, state, state.updates - before.updates, loss, active, measured)
     state = state._replace(
-        epoch=state.epoch + 1,
-        flops=metrics["flops/total"],
-        diverged=bool(metrics["diverged"]),
+        epoch=state.epoch + 1, flops=metrics["flops/total"], diverged=bool(metrics["diverged"])
     )
     return state, metrics
 
@@ -281,7 +254,13 @@ def epoch_metrics(
     `state` is a TrialState, or what an engine has instead, whose `epoch` and `flops` are those of
     the epoch's beginning; in the epoch were so many `updates`. `measured` is what `measure` gives.
     """
-    flops = epoch_flops(setup, active, updates)
+    density = {
+        name: float(num) / shape.numel()
+        for (name, shape), num in zip(setup.sparse.items(), active, strict=True)
+    }
+    interval = setup.steps_per_epoch / updates if updates else math.inf
+    kind = setup.method.dense_gradient(setup.variant)
+    flops = trial_flops(setup.flops, density, kind, interval)
     total = state.flops + flops * setup.steps_per_epoch * setup.batch_size
     metrics = {"epoch": state.epoch + 1, "train/loss": loss} | measured
     metrics |= {"flops/train": flops, "flops/total": total}
@@ -289,18 +268,6 @@ def epoch_metrics(
     # Validation may look finite (a ReLU turns NaN into 0 on some devices), so weights are asked.
     finite = finite and all(bool(p.isfinite().all()) for p in state.params.values())
     return metrics | {"diverged": float(not finite)}
-
-
-def epoch_flops(setup: Setup, active: Iterable[Tensor], updates: int) -> float:
-    """FLOPs per sample and step, given the epoch's mean active weights of each sparse layer."""
-    density = {
-        name: float(num) / shape.numel()
-        for (name, shape), num in zip(setup.sparse.items(), active, strict=True)
-    }
-    density = {name: density.get(name, 1.0) for name in setup.flops}
-    kind = setup.method.dense_gradient(setup.variant)
-    interval = setup.steps_per_epoch / updates if updates else math.inf
-    return trial_flops(setup.flops, density, kind, interval)
 
 
 @torch.no_grad()
@@ -311,14 +278,8 @@ def evaluate(setup: Setup, state: TrialState, arrays: data.Arrays) -> tuple[floa
     loss = torch.zeros((), dtype=torch.float64, device=setup.device)
     right = torch.zeros((), dtype=torch.int64, device=setup.device)
     for images, labels in zip(arrays.images.split(1000), arrays.labels.split(1000), strict=True):
-        x = data.to_input(
-            images.to(setup.device),
-            setup.dataset.mean,
-            setup.dataset.deviation,
-            setup.settings.data.normalize,
-        )
         labels = labels.to(setup.device)
-        logits = _logits(setup, params, state.buffers, x)
+        logits = _logits(setup, params, state.buffers, setup.to_input(images.to(setup.device)))
         loss += F.cross_entropy(logits, labels, reduction="sum")
         right += (logits.argmax(1) == labels).sum()
     num = len(arrays.labels)

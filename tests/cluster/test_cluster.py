@@ -24,6 +24,7 @@ from sparsetune.cluster import tuner as cluster
 from sparsetune.settings import DataSettings, ModelSettings, RaySettings, SweepSettings, to_dict
 from sparsetune.store import journal
 from sparsetune.store.layout import sweeps
+from sparsetune.store.lines import exists
 from sparsetune.store.paths import place
 from sparsetune.training.data import load
 
@@ -108,7 +109,7 @@ def a_node_goes_and_one_comes(
         )  # fmt: skip
 
         def reports(member: Path) -> int:
-            trials = journal.load(member).trials.values() if journal.exists(member) else []
+            trials = journal.load(member).trials.values() if exists(member) else []
             return sum(len(trial.reports) for trial in trials)
 
         wait_for(lambda: all(reports(member) > 20 for member in members), 240)

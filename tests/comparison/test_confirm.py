@@ -18,7 +18,7 @@ from sparsetune.comparison import confirm, winners
 from sparsetune.space.member import Member
 from sparsetune.store import journal
 from sparsetune.store.journal import Trial
-from sparsetune.store.lines import encode
+from sparsetune.store.lines import encode, exists
 from sparsetune.sweeps.create import Extension
 from sparsetune.training import checkpoint, data, trainer
 from sparsetune.training.setup import prepare
@@ -170,7 +170,7 @@ def test_the_command_to_go_on_has_any_name(tmp_path: Path, name: str) -> None:
     with confirm.begun(tmp_path, f"{name}/set@0.2", confirm.parse(["seeds=2"]), wanted) as all_:
         said = f"sparsetune confirm {name}/set@0.2 storage={tmp_path}"
         assert confirm.command(all_) == said
-    assert journal.exists(path / "set@0.2/confirm")
+    assert exists(path / "set@0.2/confirm")
 
 
 def test_twice_the_epochs_are_a_confirmation_of_their_own(tmp_path: Path) -> None:

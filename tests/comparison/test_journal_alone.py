@@ -20,7 +20,7 @@ from sparsetune.methods import METHODS
 from sparsetune.space.member import Member
 from sparsetune.space.traits import traits_of
 from sparsetune.store import journal
-from sparsetune.store.lines import decode, encode
+from sparsetune.store.lines import decode, encode, exists
 
 NET = """
 from torch import nn
@@ -129,7 +129,7 @@ def test_a_network_that_no_journal_tells_of(tmp_path: Path) -> None:
 def test_a_header_holds_the_costs_of_all_networks_searched(tmp_path: Path) -> None:
     words = ["search.model.match_density.low=0.1", "search.model.match_density.high=0.5"]
     path = told(tmp_path, ["small_dense"], "trials=4", "name=a", *words)
-    (folder,) = [each for each in path.iterdir() if journal.exists(each)]
+    (folder,) = [each for each in path.iterdir() if exists(each)]
     header = journal.header(folder)
     network = header["network"]
     assert (network["inputs"], network["classes"]) == ([1, 8, 8], 10)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from sparsetune.store import journal
+from sparsetune.store.lines import FILE
 
 TOY = [
     "epochs=3",
@@ -48,7 +49,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
 
 def reports(folder: Path) -> int:
     """How many epochs all journals below the folder hold; 0 before there is one."""
-    return sum(path.read_bytes().count(b'"type":"report"') for path in folder.rglob(journal.FILE))
+    return sum(path.read_bytes().count(b'"type":"report"') for path in folder.rglob(FILE))
 
 
 def wait_for_reports(folder: Path, process: subprocess.Popen[bytes], num: int) -> None:

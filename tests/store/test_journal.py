@@ -16,18 +16,9 @@ import pytest
 from helpers.events import end, report, suggest
 
 from sparsetune.store import lock as lock_module
-from sparsetune.store.journal import (
-    FILE,
-    Journal,
-    JournalError,
-    Report,
-    SweepHeld,
-    SweepLock,
-    holder,
-    load,
-    read,
-    replay,
-)
+from sparsetune.store.journal import Journal, Report, load, read
+from sparsetune.store.lines import FILE, JournalError
+from sparsetune.store.lock import SweepHeld, SweepLock, holder
 
 
 def written(folder: Path) -> Path:
@@ -187,12 +178,13 @@ def test_other_versions_and_other_files_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_events_that_contradict_the_journal_are_refused(
-    events: list[dict[str, Any]], why: str
+    events: list[dict[str, Any]], why: str, tmp_path: Path
 ) -> None:
     header = {"seq": 0, "type": "sweep", "format": 1, "trials": 2}
     numbered = [{**e, "time": 0.0, "seq": i} for i, e in enumerate(events, start=1)]
-    with pytest.raises(JournalError, match=rf"here:{len(events) + 1}: .*{why}"):
-        replay([header, *numbered], "here")
+    (tmp_path / FILE).write_bytes(b"".join(map(line, [header, *numbered])))
+    with pytest.raises(JournalError, match=rf"{FILE}:{len(events) + 1}: .*{why}"):
+        load(tmp_path)
 
 
 def test_the_writer_refuses_them_before_they_are_written(tmp_path: Path) -> None:
@@ -283,7 +275,7 @@ def test_one_driver_at_a_time(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from sparsetune.store.journal import SweepLock;"
+        "import sys, time; from sparsetune.store.lock import SweepLock;"
         "lock = SweepLock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(

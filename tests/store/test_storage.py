@@ -35,16 +35,10 @@ from sparsetune.engine import actor, places
 from sparsetune.reports.dashboard import Copy
 from sparsetune.settings import TrialSettings, to_dict
 from sparsetune.store import journal, lines, lock, paths
-from sparsetune.store.journal import (
-    Journal,
-    JournalError,
-    SweepHeld,
-    SweepLock,
-    holder,
-    load,
-    read,
-)
+from sparsetune.store.journal import Journal, load, read
 from sparsetune.store.layout import member_folders, sweeps
+from sparsetune.store.lines import FILE, JournalError, exists
+from sparsetune.store.lock import SweepHeld, SweepLock, holder
 from sparsetune.store.paths import S3Path, StorageAway, insist, place, write_whole
 from sparsetune.sweeps import run as sweep
 from sparsetune.sweeps.create import Writable, note_driver
@@ -358,11 +352,11 @@ def test_a_driver_that_sleeps_on_a_shared_folder_stops_too(
     first._lock._put(silent)
     first._me.heartbeat = silent.heartbeat
     with SweepLock(tmp_path):
-        before = (tmp_path / "set" / journal.FILE).read_bytes()
+        before = (tmp_path / "set" / FILE).read_bytes()
         with pytest.raises(SweepHeld, match="has taken the sweep over"):
             old.append(report(0, 1))
         old.close()
-        assert (tmp_path / "set" / journal.FILE).read_bytes() == before
+        assert (tmp_path / "set" / FILE).read_bytes() == before
         first.close()
 
 
@@ -538,7 +532,7 @@ def test_a_sweep_on_an_object_store_is_killed_and_resumed(
     members = [folder / "cut" / name for name in ("set@0.2", "static@0.2")]
 
     def epochs() -> int:
-        found = [load(one) for one in members if journal.exists(one)]
+        found = [load(one) for one in members if exists(one)]
         return sum(len(trial.reports) for one in found for trial in one.trials.values())
 
     wait_for(process, lambda: epochs() >= 10)

@@ -28,6 +28,8 @@ from sparsetune.search.study import MemberStudy
 from sparsetune.space.resolve import resolve
 from sparsetune.space.words import split
 from sparsetune.store import journal
+from sparsetune.store.lines import FILE
+from sparsetune.store.lock import holder
 from sparsetune.sweeps import run as sweep
 from sparsetune.sweeps import source_code
 from sparsetune.sweeps.create import Extension, Writable, created, opened
@@ -105,7 +107,7 @@ def search_of(one: Writable) -> MemberStudy:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Of all journals below it."""
-    return {str(path): path.read_bytes() for path in folder.rglob(journal.FILE)}
+    return {str(path): path.read_bytes() for path in folder.rglob(FILE)}
 
 
 def refused(*words: str) -> str:
@@ -611,7 +613,7 @@ def test_a_bug_of_ours_ends_the_sweep_with_its_traceback(
     assert "Traceback" in done.stderr and "ZeroDivisionError: a bug of ours" in done.stderr
     assert 'driver.py", line 11, in broken' in done.stderr
     record = journal.load("sweeps/a/set@0.2")  # whole, and nobody holds it
-    assert journal.holder("sweeps/a") is None
+    assert holder("sweeps/a") is None
     if hook == "suggest":
         assert len(record.trials) == 2
 

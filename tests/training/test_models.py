@@ -11,18 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsetune.methods import noise
 from sparsetune.settings import ModelSettings
 from sparsetune.training import models
 
 MNIST = (1, 28, 28)
-
-
-def uniform(seed: int = 0) -> models.Uniform:
-    def draw(purpose: str, name: str, num: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed + sum(map(ord, purpose + name)))
-        return torch.rand(num, generator=generator, dtype=torch.float64)
-
-    return draw
 
 
 def num_weights(settings: ModelSettings, input_shape: models.Shape = MNIST) -> int:
@@ -140,7 +133,7 @@ def test_match_density_out_of_reach_names_the_minimum() -> None:
 @pytest.mark.parametrize("name", models.MODELS)
 def test_initial_params_have_pytorchs_distribution(name: str) -> None:
     settings = ModelSettings(name)
-    params, buffers = models.initial_params(settings, MNIST, 10, 0, uniform())
+    params, buffers = models.initial_params(settings, MNIST, 10, 0)
     module = models.build(settings, MNIST, 10)
     assert list(params) == [name for name, _ in module.named_parameters()] and buffers == {}
     for name, parameter in module.named_parameters():
@@ -156,9 +149,9 @@ def test_initial_params_have_pytorchs_distribution(name: str) -> None:
 
 
 def test_one_position_can_be_drawn_without_the_others() -> None:
-    params, _ = models.initial_params(ModelSettings("lenet5"), MNIST, 10, 0, uniform())
+    params, _ = models.initial_params(ModelSettings("lenet5"), MNIST, 10, 0)
     weight = params["conv2.weight"]
-    number = uniform()("init", "conv2.weight", weight.numel())[1234]
+    number = noise.uniform(noise.key(0, "init", 0, "conv2.weight"), torch.tensor([1234]))
     value = (2 * number - 1) * models.init_bound(weight.shape)
     assert value.float() == weight.flatten()[1234]
 
@@ -166,10 +159,10 @@ def test_one_position_can_be_drawn_without_the_others() -> None:
 def test_a_users_class_keeps_its_own_initialisation(user: Callable[..., str]) -> None:
     settings = ModelSettings(user(Norm), args={"width": 6})
     state = torch.get_rng_state()
-    params, buffers = models.initial_params(settings, MNIST, 3, 1, uniform())
+    params, buffers = models.initial_params(settings, MNIST, 3, 1)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
-    again, _ = models.initial_params(settings, MNIST, 3, 1, uniform(9))
-    other, _ = models.initial_params(settings, MNIST, 3, 2, uniform())
+    again, _ = models.initial_params(settings, MNIST, 3, 1)
+    other, _ = models.initial_params(settings, MNIST, 3, 2)
     assert params["conv.weight"].shape == (6, 1, 3, 3) and params["out.weight"].shape == (3, 6)
     assert all(torch.equal(params[name], again[name]) for name in params)
     assert not torch.equal(params["conv.weight"], other["conv.weight"])
@@ -186,7 +179,7 @@ def test_a_users_class_gets_only_what_it_takes(user: Callable[..., str]) -> None
 
     module = models.build(ModelSettings(user(Plain)), (1, 1, 5), 3)
     assert models.weights(module) == {"weight": torch.Size([3, 5])}
-    params, _ = models.initial_params(ModelSettings(user(Plain)), (1, 1, 5), 3, 0, uniform())
+    params, _ = models.initial_params(ModelSettings(user(Plain)), (1, 1, 5), 3, 0)
     assert set(params) == {"weight", "bias"}
 
 

@@ -5,6 +5,7 @@ The data are a user's function in a module made here: 300 small images of four c
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -160,7 +161,10 @@ def test_twenty_steps_equal_those_of_torch_optim(settings: OptimizerSettings, ma
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optim.apply_step(settings, ours, grads, moments, {"w": True, "b": True}, lr, step)
+        numbers = optim.step_numbers(
+            dataclasses.replace(settings, lr=lr), ScheduleSettings("constant"), step, 20
+        )
+        optim.apply_step(settings, ours, grads, moments, {"w": True, "b": True}, numbers)
         for name, p in theirs.items():
             torch.testing.assert_close(ours[name], p.detach(), rtol=1e-6, atol=1e-6)
 
@@ -171,7 +175,8 @@ def test_weight_decay_can_spare_a_parameter() -> None:
         params = {"w": torch.ones(2), "t": torch.ones(2)}
         grads = {key: torch.zeros(2) for key in params}
         moments = optim.begin(settings, params)
-        optim.apply_step(settings, params, grads, moments, {"w": True, "t": False}, 0.1, 1)
+        numbers = optim.step_numbers(settings, ScheduleSettings("constant"), 1, 1)
+        optim.apply_step(settings, params, grads, moments, {"w": True, "t": False}, numbers)
         # 1 - .1 * .5, whether coupled (first step) or not
         assert params["w"].tolist() == pytest.approx([0.95, 0.95])
         assert params["t"].tolist() == [1, 1]

@@ -80,8 +80,9 @@ class Csr:
         for slot in slots:
             slot.active_steps = dict.fromkeys(slot.setup.sparse, 0)
         total = torch.zeros(len(slots), pack.width, dtype=torch.float64, device=pack.device)
-        batches = zip(*(_training_batches(slot) for slot in pack.leaders), strict=True)
-        for number, batch in enumerate(batches, start=1):
+        leaders = ((slot.setup, batches(slot.setup, slot.epoch)) for slot in pack.leaders)
+        shared = zip(*(_flat_batches(*leader) for leader in leaders), strict=True)
+        for number, batch in enumerate(shared, start=1):
             total += pack.gradients(*zip(*batch, strict=True))
             for slot in slots:
                 slot.step += 1
@@ -101,18 +102,10 @@ class Csr:
         return [float(row.sum()) / (steps * pack.width) for row in total]
 
 
-def _training_batches(slot: Slot) -> Iterator[Batch]:
-    """The batches of the trial's next epoch."""
-    epoch = batches(slot.setup, slot.epoch)
-    for places in epoch.places:
-        images, labels = inputs(slot.setup, epoch, places)
-        yield images.flatten(1), labels
-
-
-def _validation_batches(setup: Setup, size: int) -> Iterator[Batch]:
-    held_out = Batches(setup.validation_index, None)
-    for places in held_out.places.split(size):
-        images, labels = inputs(setup, held_out, places)
+def _flat_batches(setup: Setup, epoch: Batches) -> Iterator[Batch]:
+    """What is at the epoch's places; the last batch may be a smaller one."""
+    for places in epoch.places.flatten().split(setup.batch_size):
+        images, labels = inputs(setup, epoch, places)
         yield images.flatten(1), labels
 
 
@@ -126,8 +119,8 @@ def _validate(pack: Pack) -> list[Metrics]:
     right = torch.zeros(size, dtype=torch.int64, device=pack.device)
     # Groups in other epochs or orders may hold out the same images.
     splits = {leader.group[0]: leader.setup for leader in pack.leaders}
-    batches = (_validation_batches(setup, pack.width) for setup in splits.values())
-    for batch in zip(*batches, strict=True):
+    held_out = ((setup, Batches(setup.validation_index, None)) for setup in splits.values())
+    for batch in zip(*(_flat_batches(*split) for split in held_out), strict=True):
         by_split = dict(zip(splits, batch, strict=True))
         images, labels = zip(*(by_split[leader.group[0]] for leader in pack.leaders), strict=True)
         logits, target = pack.forward(images), pack.labels(labels)

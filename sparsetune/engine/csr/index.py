@@ -33,10 +33,6 @@ class Pattern(NamedTuple):
     rows: Tensor  # [n] int32, in that order
     column_ends: Tensor  # [in] int32
 
-    @property
-    def has_columns(self) -> bool:
-        return len(self.column_ends) > 0
-
 
 def pattern(index: Tensor, shape: torch.Size, with_columns: bool) -> Pattern:
     rows, columns = index // shape[1], index % shape[1]
@@ -87,14 +83,10 @@ def blocks(
 
 
 @functools.lru_cache(maxsize=8)
-def _uniform_chunk(stream: int, start: int, stop: int, device: torch.device) -> Tensor:
+def _uniform_chunk(stream: int, device: torch.device, start: int, stop: int) -> Tensor:
+    """`noise.uniform` of a layer's positions. The newest chunks are remembered: trials of one seed,
+    as all trials of a search are, draw the same."""
     return noise.uniform(stream, torch.arange(start, stop, device=device))
-
-
-def uniform_scores(stream: int, device: torch.device) -> Scores:
-    """`noise.uniform` over a layer. The newest chunks are remembered: trials of one seed, as all
-    trials of a search are, draw the same."""
-    return lambda start, stop: _uniform_chunk(stream, start, stop, device)
 
 
 def lowest_positions(
@@ -153,7 +145,8 @@ def random_positions(
 ) -> Tensor:
     """`num` random positions among `size` without the sorted `excluded`: sorted int64."""
     share = (num + 4 * num**0.5 + 4) / max(size - len(excluded), 1)
-    return lowest_positions(uniform_scores(stream, device), size, excluded, num, guess=share)
+    scores = functools.partial(_uniform_chunk, stream, device)
+    return lowest_positions(scores, size, excluded, num, guess=share)
 
 
 # Sets of positions, as sorted tensors -------------------------------------------------------------

@@ -27,12 +27,7 @@ class Layer:
     """One layer of all slots. Weights, biases and their gradients are parts of flat tensors."""
 
     def __init__(
-        self,
-        index: Blocks,
-        weight: Tensor,
-        bias: Tensor,
-        weight_grad: Tensor,
-        bias_grad: Tensor,
+        self, index: Blocks, weight: Tensor, bias: Tensor, weight_grad: Tensor, bias_grad: Tensor
     ) -> None:
         self.index, self.weight, self.bias = index, weight, bias
         self._bias_grad = bias_grad
@@ -96,26 +91,20 @@ class Vectors:
         repeats = torch.tensor(lengths, device=device)
         owner = torch.tensor(owners, device=device)
         spared = torch.tensor(decays, device=device).logical_not()
-        self._no_decay, self._made = no_decay, dict[int, tuple[list[float], Tensor]]()
+        self._no_decay, self._made = no_decay, dict[int, tuple[tuple[float, ...], Tensor]]()
         # Those that are spared have the number after the last trial's.
         self._decay_owner = owner.masked_fill(spared, max(owners) + 1).repeat_interleave(repeats)
         self._owner = owner.repeat_interleave(repeats)
 
     def __call__(self, numbers: Sequence[Sequence[float]]) -> list[Tensor]:
         """float32 [n] for each of the numbers, which are given by trial."""
-        return [
-            self._vector(place, list(of)) for place, of in enumerate(zip(*numbers, strict=True))
-        ]
-
-    def _vector(self, place: int, numbers: list[float]) -> Tensor:
-        made = self._made.get(place)
-        if made is None or made[0] != numbers:
-            few = torch.tensor(
-                [*numbers, self._no_decay], dtype=torch.float32, device=self._owner.device
-            )
-            owner = self._owner if place else self._decay_owner
-            made = self._made[place] = numbers, few.index_select(0, owner)
-        return made[1]
+        device = self._owner.device
+        for place, of in enumerate(zip(*numbers, strict=True)):
+            if place not in self._made or self._made[place][0] != of:
+                few = torch.tensor([*of, self._no_decay], dtype=torch.float32, device=device)
+                owner = self._owner if place else self._decay_owner
+                self._made[place] = of, few.index_select(0, owner)
+        return [vector for _, vector in self._made.values()]
 
 
 class Pack:
@@ -136,7 +125,6 @@ class Pack:
         self._first, self._second = self._flatten("first"), self._flatten("second")
         self._grad = torch.zeros_like(self._params)
         self._optimizer = setup.settings.optimizer
-        self._num_steps = [slot.setup.num_steps for slot in slots]
         self._vectors = Vectors(
             self._lengths,
             [*range(len(slots))] * len(slots[0].params),
@@ -217,19 +205,9 @@ class Pack:
 
     def optimize(self) -> None:
         """The optimizer's step that every trial's `step` counts; the gradients are used up."""
-        numbers = [
-            optim.step_numbers(
-                slot.setup.settings.optimizer, slot.setup.settings.schedule, slot.step, num_steps
-            )
-            for slot, num_steps in zip(self.slots, self._num_steps, strict=True)
-        ]
+        numbers = self._vectors([slot.setup.step_numbers(slot.step) for slot in self.slots])
         optim.step_in_place(
-            self._optimizer,
-            self._params,
-            self._grad,
-            self._first,
-            self._second,
-            self._vectors(numbers),
+            self._optimizer, self._params, self._grad, self._first, self._second, numbers
         )
 
     def gradients_of(self, k: int) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """A trial in a slot of the csr backend: a trainer's state as values at sorted flat positions.
 
 The rule to know: `begin`, `restore`, `snapshot` and `update_topology` equal `trainer.begin`,
-`checkpoint.decode`, `checkpoint.encode` and `update.update_alone`, without anything of a sparse
+`checkpoint.decode`, `checkpoint.encode` and `update.update_layers`, without anything of a sparse
 layer's size.
 """
 
@@ -163,13 +163,12 @@ def update_topology(slot: Slot, grads: Layers, gradient_scores: Callable[[str], 
     assert setup.method.decide is not None
     moments = optim.Moments(slot.first, slot.second)
     momenta = optim.momentum_of(setup.settings.optimizer, moments)
-    progress = setup.schedule.progress(slot.step, setup.num_steps)
     keep, grow, slot.method = setup.method.decide(
         activate(slot.params, _all_valid(index), momenta, grads),
         setup.sparse,
         slot.method,
         setup.hp,
-        torch.tensor(progress, dtype=torch.float64, device=setup.device),
+        setup.progress(slot.step),
         setup.variant,
     )
     growth = setup.method.growth(setup.variant)
@@ -182,7 +181,7 @@ def update_topology(slot: Slot, grads: Layers, gradient_scores: Callable[[str], 
         new_index[name] = _regrow(slot, growth, name, at, keep[name], grown)
         slot.ever[name] = union(slot.ever[name], grown)
     slot.patterns = slot.patterns | {
-        name: pattern(at, setup.sparse[name], slot.patterns[name].has_columns)
+        name: pattern(at, setup.sparse[name], len(slot.patterns[name].column_ends) > 0)
         for name, at in new_index.items()
     }
     slot.updates += 1

@@ -22,10 +22,10 @@ from torch.utils._triton import has_triton
 
 from sparsetune.engine.stacked import step
 from sparsetune.methods.contract import Layers
-from sparsetune.methods.update import Keys, lifted_update, update_keys
+from sparsetune.methods.update import update_keys, update_layers
 from sparsetune.training import checkpoint, data, optim, trainer
 from sparsetune.training.checkpoint import Snapshot
-from sparsetune.training.setup import Batches, Setup, batches, batches_key, is_due
+from sparsetune.training.setup import Batches, Setup, batches, batches_key, inputs, is_due
 from sparsetune.training.trainer import Metrics, TrialState
 
 WARM_UP = 3  # calls before a graph is captured, as in PyTorch's manual
@@ -55,9 +55,11 @@ class Lifted:
         if step.draws(setup):
             return f"{name} draws random numbers in its forward pass, which differ in a stack"
         try:
-            probe = Lifted(1, compiles=False)
-            probe.attach(0, setup, None)
-            probe.try_step()
+            state = trainer.begin(setup)
+            stack = Stack(1, setup, state, compiles=False)
+            stack.put(0, setup, state)
+            stack.begin_epoch({0: Held(setup, state)})
+            stack.step()
         except (RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             return f"{name} cannot be lifted over trials by torch.vmap: {reason}"
@@ -113,45 +115,25 @@ class Lifted:
     def detach(self, slot: int) -> None:
         del self._held[slot]
 
-    def try_step(self) -> None:
-        """One step that is thrown away; raises what torch.vmap has against the network."""
-        assert self._stack is not None
-        self._stack.begin_epoch(self._held)
-        self._stack.step()
-
     def _update(self, due: dict[int, Held]) -> None:
         """All slots take the update and those due keep it: K is fixed here as well."""
         assert self._stack is not None
         stack, (setup, _) = self._stack, next(iter(due.values()))
-        streams = {
-            slot: update_keys(stack.masks, held.setup.settings.seed, held.state.updates)
-            for slot, held in due.items()
-        }
-        progress = {
-            slot: held.setup.schedule.progress(held.state.step, held.setup.num_steps)
-            for slot, held in due.items()
-        }
-        some = next(iter(streams.values()))
-        keys = {
-            name: Keys(
-                *map(
-                    torch.stack,
-                    zip(*(streams.get(k, some)[name] for k in stack.range), strict=True),
-                )
-            )
-            for name in stack.masks
-        }
+        keys, progress = {}, torch.zeros(self._slots, dtype=torch.float64, device=setup.device)
+        for slot, (own, state) in due.items():
+            keys[slot] = update_keys(stack.masks, own.settings.seed, state.updates)
+            progress[slot] = own.progress(state.step)
+        some = next(iter(keys.values()))
+        streams = [keys.get(slot, some) for slot in stack.range]
 
         def update(*args: Any) -> Any:
             params, masks, moments, eps, grads, state, hp, done, key = args
             momenta = optim.momentum_of(setup.settings.optimizer, moments, eps)
-            return lifted_update(
+            return update_layers(
                 setup.method, params, masks, momenta, grads, state, setup.variant, hp, done, key
             )
 
-        share = [progress.get(k, 0.0) for k in stack.range]
-        device = setup.device
-        params, masks, reset, state = torch.vmap(update)(
+        params, masks, reset, method_state = torch.vmap(update)(
             {name: stack.running.params[name] for name in stack.masks},
             stack.masks,
             optim.Moments(stack.running.first, stack.running.second),
@@ -159,11 +141,11 @@ class Lifted:
             {name: stack.raw[name] for name in stack.masks},
             stack.method,
             stack.hp,
-            torch.tensor(share, dtype=torch.float64, device=device),
-            keys,
+            progress,
+            pytree.tree_map(lambda *of_slots: torch.stack(of_slots), *streams),
         )
-        chosen = torch.tensor([k in due for k in stack.range], device=device)
-        stack.take(chosen, params, masks, reset, state)
+        chosen = torch.tensor([k in due for k in stack.range], device=setup.device)
+        stack.take(chosen, params, masks, reset, method_state)
 
 
 class Stack:
@@ -196,7 +178,7 @@ class Stack:
             ),
         )
         steps, size = setup.steps_per_epoch, setup.batch_size
-        numbers = optim.step_numbers(setup.settings.optimizer, setup.settings.schedule, 1, 1)
+        numbers = setup.step_numbers(1)
         self._places = torch.zeros(steps, slots, size, dtype=torch.int64, device=setup.device)
         self._numbers = torch.zeros(steps, slots, len(numbers), device=setup.device)
         self.epsilon = torch.zeros(slots, device=setup.device)
@@ -247,7 +229,6 @@ class Stack:
 
     def state(self, slot: int, counts: TrialState) -> TrialState:
         """The slot's state, of views; its numbers are those of `counts`."""
-
         stacked = (*self.running[:4], self.masks, self.ever, self.method)
         params, buffers, first, second, masks, ever, method = pytree.tree_map(
             lambda tensor: tensor[slot], stacked
@@ -271,15 +252,8 @@ class Stack:
                 known[key] = batches(setup, state.epoch)
             self._places[:, slot].copy_(known[key].places)
             offsets[slot] = known[key].offsets
-            numbers = [
-                optim.step_numbers(
-                    setup.settings.optimizer,
-                    setup.settings.schedule,
-                    state.step + 1 + number,
-                    setup.num_steps,
-                )
-                for number in range(setup.steps_per_epoch)
-            ]
+            steps = range(state.step + 1, state.step + 1 + setup.steps_per_epoch)
+            numbers = [setup.step_numbers(number) for number in steps]
             self._numbers[:, slot].copy_(torch.tensor(numbers))
         self._fill_offsets(offsets)
         self.running.sums.zero_()
@@ -306,14 +280,14 @@ class Stack:
         self._graph.replay()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        kept = [tensor.clone() for tensor in (*step.tensors(self.running), self._step_number)]
+        tensors = [*pytree.tree_leaves(self.running), self._step_number]
+        kept = [tensor.clone() for tensor in tensors]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 self.step()
         torch.cuda.current_stream().wait_stream(side)
-        tensors = [*step.tensors(self.running), self._step_number]
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
@@ -335,7 +309,8 @@ class Stack:
         after, self.raw = self._lifted(*args)
         if not self._setup.moves_masks:
             after.sums[:, 1:] += self._active
-        for old, new in zip(step.tensors(self.running), step.tensors(after), strict=True):
+        leaves = map(pytree.tree_leaves, (self.running, after))
+        for old, new in zip(*leaves, strict=True):
             if new is not old:
                 old.copy_(new)
         self._step_number += 1
@@ -345,7 +320,9 @@ class Stack:
         than the slots' own one after another: the faster of both, once for all epochs."""
         alone = step.make(self._setup)
         ways: list[Callable[..., Any]] = [torch.vmap(alone), torch.vmap(alone, chunk_size=1)]
-        if self._setup.device.type != "cuda" or not self._convolves:
+        weights = self._setup.sparse | self._setup.dense
+        convolves = any(len(shape) > 2 for shape in weights.values())
+        if self._setup.device.type != "cuda" or not convolves:
             return ways[0]
         seconds = []
         for way in ways:
@@ -359,20 +336,8 @@ class Stack:
             seconds.append(time.perf_counter() - began)
         return ways[seconds.index(min(seconds))]
 
-    @property
-    def _convolves(self) -> bool:
-        weights = self._setup.sparse | self._setup.dense
-        return any(len(shape) > 2 for shape in weights.values())
-
     def _inputs(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """([K, B, c, h, w], [K, B]) of the positions [K, B]."""
-        train, flat = self._setup.dataset.train, places.flatten()
-        first = torch.arange(len(places), device=places.device)[:, None] * len(train.labels)
-        images = data.augment(train.images[flat], self._offsets, (places + first).flatten())
-        x = data.to_input(
-            images,
-            self._setup.dataset.mean,
-            self._setup.dataset.deviation,
-            self._setup.settings.data.normalize,
-        )
-        return x.view(*places.shape, *x.shape[1:]), train.labels[places]
+        num = len(self._setup.dataset.train.labels)
+        first = torch.arange(len(places), device=places.device)[:, None] * num
+        return inputs(self._setup, Batches(places, self._offsets), places, places + first)

@@ -43,12 +43,6 @@ Step = Callable[[Running, Any, Any, Tensor, Tensor, Tensor], tuple[Running, Laye
 -> running after the step, and the loss's gradients at the weights of the forward pass."""
 
 
-def tensors(running: Running) -> list[Tensor]:
-    """All of them, in an order that depends on the structure alone."""
-    layers = (running.params, running.buffers, running.first, running.second, running.gates)
-    return [*(t for named in layers for t in named.values()), running.sums]
-
-
 def hyperparameters(setup: Setup) -> Any:
     """As the step takes them: a tree of tensors, which an object without any is not."""
     return setup.hp if dataclasses.fields(setup.hp) else ()
@@ -72,12 +66,7 @@ def make(setup: Setup) -> Step:
         return F.cross_entropy(logits.float(), labels), buffers
 
     def step(
-        running: Running,
-        state: Any,
-        hp: Any,
-        numbers: Tensor,
-        images: Tensor,
-        labels: Tensor,
+        running: Running, state: Any, hp: Any, numbers: Tensor, images: Tensor, labels: Tensor
     ) -> tuple[Running, Layers]:
         params, gates = running.params, running.gates
         used = method.sparsify(params, gates, state, hp, variant)

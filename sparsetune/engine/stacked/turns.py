@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sparsetune.engine.stacked import step
 from sparsetune.methods import noise
-from sparsetune.training import checkpoint, optim, trainer
+from sparsetune.training import checkpoint, trainer
 from sparsetune.training.checkpoint import Snapshot
 from sparsetune.training.setup import Setup, batches, batches_key, inputs, is_due
 from sparsetune.training.trainer import Metrics, TrialState
@@ -27,11 +27,6 @@ from sparsetune.training.trainer import Metrics, TrialState
 STEPS_PER_TURN = 16  # their batches fit a cache; fewer would fetch a slot's weights more often
 
 Batch = tuple[Tensor, Tensor]  # images [B, c, h, w] float32, labels [B]
-
-
-class Slot(NamedTuple):
-    setup: Setup
-    state: TrialState  # its tensors are the slot's own and change in place
 
 
 class Compiled:
@@ -51,7 +46,7 @@ class Compiled:
 
     def _in_place(self, running: step.Running, *rest: Any) -> tuple[()]:
         after, _ = self._pure(running, *rest)
-        for old, new in zip(step.tensors(running), step.tensors(after), strict=True):
+        for old, new in zip(pytree.tree_leaves(running), pytree.tree_leaves(after), strict=True):
             if new is not old:
                 old.copy_(new)
         return ()
@@ -68,11 +63,10 @@ class Fixed:
 class Run:
     """One slot's way through one epoch, steered turn by turn."""
 
-    def __init__(self, slot: Slot, compiled: Compiled | None) -> None:
-        self.setup, self.before = slot
-        self.state = slot.state
+    def __init__(self, setup: Setup, state: TrialState, compiled: Compiled | None) -> None:
+        self.setup, self.before, self.state = setup, state, state
         self._compiled = compiled
-        self._gates = trainer.gates_of(*slot)
+        self._gates = trainer.gates_of(setup, state)
         self._active = trainer.num_active(self.setup, self._gates)
         self._sums = torch.zeros(1 + len(self._active), dtype=torch.float64)  # see step.Running
         self._fixed: Fixed | None = None
@@ -111,10 +105,7 @@ class Run:
             self._fixed = Fixed(running, state.method, step.hyperparameters(setup))
         if not setup.moves_masks:
             self._sums[1:] += self._active
-        numbers = optim.step_numbers(
-            setup.settings.optimizer, setup.settings.schedule, state.step + 1, setup.num_steps
-        )
-        compiled(self._fixed, torch.tensor(numbers), batch)
+        compiled(self._fixed, torch.tensor(setup.step_numbers(state.step + 1)), batch)
         self.state = state._replace(step=state.step + 1)
 
     def end(self) -> tuple[TrialState, Metrics]:
@@ -133,27 +124,28 @@ class Turns:
     def __init__(self, slots: int, compiles: bool | None = None) -> None:
         self._compiles = step.has_compiler() if compiles is None else compiles
         self._compiled: Compiled | None = None
-        self._slots: dict[int, Slot] = {}
+        # The states' tensors are the slots' own and change in place.
+        self._slots: dict[int, tuple[Setup, TrialState]] = {}
 
     def attach(self, slot: int, setup: Setup, start: Snapshot | None) -> None:
         if self._compiles and self._compiled is None and not step.draws(setup):
             self._compiled = Compiled(setup)
         state = trainer.begin(setup) if start is None else checkpoint.decode(setup, start)
-        self._slots[slot] = Slot(setup, trainer.copied(state))
+        self._slots[slot] = setup, trainer.copied(state)
 
     def advance(self) -> dict[int, Metrics]:
         began = time.perf_counter()
         groups: dict[Hashable, dict[int, Run]] = {}
-        for number, slot in self._slots.items():
-            key = batches_key(slot.setup, slot.state.epoch)
-            groups.setdefault(key, {})[number] = Run(slot, self._compiled)
+        for number, (setup, state) in self._slots.items():
+            run = Run(setup, state, self._compiled)
+            groups.setdefault(batches_key(setup, state.epoch), {})[number] = run
         for runs in groups.values():
             self._train(list(runs.values()))
         results = {}
         for runs in groups.values():
             for number, run in runs.items():
                 state, results[number] = run.end()
-                self._slots[number] = Slot(run.setup, state)
+                self._slots[number] = run.setup, state
         seconds = (time.perf_counter() - began) / max(len(results), 1)
         return {n: results[n] | {"device_seconds": seconds} for n in self._slots}
 
@@ -167,7 +159,7 @@ class Turns:
                 run.turn(turn)
 
     def snapshot(self, slot: int) -> Snapshot:
-        return checkpoint.encode(trainer.copied(self._slots[slot].state))
+        return checkpoint.encode(trainer.copied(self._slots[slot][1]))
 
     def detach(self, slot: int) -> None:
         del self._slots[slot]
