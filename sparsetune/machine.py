@@ -28,10 +28,8 @@ def hardware() -> str:
 def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": sys.version.split()[0]}
+    known = {"python": sys.version.split()[0]}
     for package in ("sparsetune", "torch", "ray", "optuna", "wandb"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            known[package] = version(package)
+    return known

@@ -127,12 +127,6 @@ class JournalScheduler(FIFOScheduler):
                 if status is not None:
                     search.end(trial.number, status)
 
-    def save(self, checkpoint_path: str) -> None:
-        pass
-
-    def restore(self, checkpoint_path: str) -> None:
-        pass
-
     def debug_string(self) -> str:
         return ""
 

@@ -47,7 +47,7 @@ class JournalSearcher(Searcher):
         self._engines = engines
         self._release, self._follow = release, follow
         self._decisions = list(decisions)
-        self._draining = False
+        self.draining = False
         self._open: list[tuple[str, int]] | None = None
         # Ray's id of an attempt -> our trial, and the engine that it is in
         self._live: dict[str, tuple[str, int, str]] = {}
@@ -59,17 +59,13 @@ class JournalSearcher(Searcher):
         places = sum(self._engines.values())
         return min(self._concurrency or places, places)
 
-    @property
-    def draining(self) -> bool:
-        return self._draining
-
     def drain(self) -> None:
         """No more suggestions; the scheduler stops each trial at its next report, unended."""
-        self._draining = True
+        self.draining = True
 
     def suggest(self, trial_id: str) -> Any:
         """A configuration; None while no slot is free; FINISHED when there is no more to give."""
-        if self.error is not None or self._draining:
+        if self.error is not None or self.draining:
             return Searcher.FINISHED
         try:
             self._follow()
@@ -156,16 +152,7 @@ class JournalSearcher(Searcher):
 
     # Ray's own snapshots are never read, and the journals and the studies do not belong in them.
 
-    def save(self, checkpoint_path: str) -> None:
-        pass
-
-    def restore(self, checkpoint_path: str) -> None:
-        pass
-
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        pass
-
-    def restore_from_dir(self, checkpoint_dir: str) -> None:
         pass
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sparsetune.search.sampler import make_sampler
 from sparsetune.settings import to_dict
 from sparsetune.space.member import Member
 from sparsetune.space.space import Point
-from sparsetune.store.journal import Journal, Record, Trial
+from sparsetune.store.journal import Event, Journal, Record, Trial
 from sparsetune.store.layout import trial_folder
 
 STATES = {
@@ -99,17 +99,21 @@ class MemberStudy:
         if number < len(self._points):
             point = self._points[number]
             origin, fixed, in_study = f"start:{point.name}", point.fixed, point.in_study
-            asked = self._enqueued(point.params, number) if in_study else None
+            asked = None
+            if in_study:
+                self.study.enqueue_trial(point.params)
+                asked = self._ask(number, 0)
             params = point.params
         else:
             origin, fixed, in_study = "sampler", {}, True
             asked = self._sampled(number)
             params = asked.params
+        ranges = {} if asked is None else asked.distributions
         event = {
             "type": "suggest",
             "number": number,
             "params": params if asked is None else asked.params,
-            "distributions": {} if asked is None else _to_json(asked.distributions),
+            "distributions": {name: distribution_to_json(kind) for name, kind in ranges.items()},
             "origin": origin,
             "fixed": fixed,
             "in_study": in_study,
@@ -137,12 +141,7 @@ class MemberStudy:
             self._asked[number].report(value, step=epoch)
 
     def end(self, number: int, status: str, attempt: int = 1, error: str | None = None) -> None:
-        event: dict[str, Any] = {
-            "type": "end",
-            "number": number,
-            "status": status,
-            "attempt": attempt,
-        }
+        event: Event = {"type": "end", "number": number, "status": status, "attempt": attempt}
         self.journal.append(event | ({"error": error} if error is not None else {}))
         asked = self._asked.pop(number, None)
         if asked is not None:
@@ -163,21 +162,12 @@ class MemberStudy:
 
     def _sampled(self, number: int) -> optuna.trial.Trial:
         for attempt in range(ASKS + CHANCES):
-            self.study.sampler = self._sampler(number, attempt)
-            asked = self.study.ask()
-            self._ask(asked)
+            asked = self._ask(number, attempt)
             last = attempt == ASKS + CHANCES - 1
             if last or not asked.params or _key(asked.params) not in self._seen:
                 break
             # Optuna has no way to withdraw a question. No sampler looks at trials that failed.
             self.study.tell(asked, state=TrialState.FAIL)
-        return asked
-
-    def _enqueued(self, params: dict[str, Any], number: int) -> optuna.trial.Trial:
-        self.study.enqueue_trial(params)
-        self.study.sampler = self._sampler(number, 0)
-        asked = self.study.ask()
-        self._ask(asked)
         return asked
 
     def _notes(self, asked: optuna.trial.Trial) -> dict[str, Any]:
@@ -197,15 +187,17 @@ class MemberStudy:
         )
         self.study.add_trial(waiting)
         asked = self.study.ask(fixed_distributions=_distributions(self.member, self.record, trial))
-        if len(self.member.objectives) == 1:
-            for epoch, metrics, _ in trial.reports:
-                asked.report(metrics.get(self.member.objectives[0], math.nan), step=epoch)
+        for epoch, value in _intermediate(self.member, trial).items():
+            asked.report(value, step=epoch)
         return asked
 
-    def _ask(self, asked: optuna.trial.Trial) -> None:
+    def _ask(self, number: int, attempt: int) -> optuna.trial.Trial:
+        self.study.sampler = self._sampler(number, attempt)
+        asked = self.study.ask()
         params = self.member.space.suggest(asked)
         # The study is rebuilt from what is journalled, so that must be what Optuna holds.
         assert params == asked.params, f"{self.member.name}: {params} is not {asked.params}"
+        return asked
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
         text = f"{self._seed} {self._seed_name} {number} {attempt}"
@@ -217,10 +209,7 @@ class MemberStudy:
 
 def frozen(member: Member, record: Record, trial: Trial) -> optuna.trial.FrozenTrial:
     """The trial as Optuna would hold it had it been there from the start."""
-    intermediate: dict[int, float] = {}
-    if len(member.objectives) == 1:
-        name = member.objectives[0]
-        intermediate = {e: metrics.get(name, math.nan) for e, metrics, _ in trial.reports}
+    intermediate = _intermediate(member, trial)
     values = _values(member, trial)
     if trial.status == "stopped" and intermediate:
         values = [intermediate[len(trial.reports)]]
@@ -235,11 +224,19 @@ def frozen(member: Member, record: Record, trial: Trial) -> optuna.trial.FrozenT
     )
 
 
+def _intermediate(member: Member, trial: Trial) -> dict[int, float]:
+    """Epoch -> value; nothing for several objectives, of which Optuna takes no such values."""
+    if len(member.objectives) > 1:
+        return {}
+    name = member.objectives[0]
+    return {epoch: metrics.get(name, math.nan) for epoch, metrics, _ in trial.reports}
+
+
 def _distributions(member: Member, record: Record, trial: Trial) -> dict[str, BaseDistribution]:
     """As they were when it was suggested, or as wide as they are now: TPE would leave a key
     whose ranges differ out of what it searches jointly."""
     if not record.widened or not trial.in_study:
-        return _from_json(trial.distributions)
+        return {name: json_to_distribution(text) for name, text in trial.distributions.items()}
     return member.space.distributions(trial.params)
 
 
@@ -259,11 +256,3 @@ def _constraints(member: Member, trial: Trial) -> dict[str, float]:
 
 def _key(params: dict[str, Any]) -> str:
     return json.dumps(params, sort_keys=True)
-
-
-def _to_json(distributions: dict[str, BaseDistribution]) -> dict[str, str]:
-    return {name: distribution_to_json(kind) for name, kind in distributions.items()}
-
-
-def _from_json(distributions: dict[str, str]) -> dict[str, BaseDistribution]:
-    return {name: json_to_distribution(text) for name, text in distributions.items()}

@@ -65,10 +65,7 @@ def default(method: Method, key: str) -> Any:
     if group in ("hp", "variant"):
         cls = method.Hyperparameters if group == "hp" else method.Variant
         return next(f.default for f in dataclasses.fields(cls) if f.name == name)
-    value: Any = dataclasses.asdict(TrialSettings(method=method.name))
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+    return config.flatten(dataclasses.asdict(TrialSettings(method=method.name))).get(key)
 
 
 def check_value(method: Method, key: str, value: Any) -> Any:

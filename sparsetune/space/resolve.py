@@ -27,12 +27,7 @@ from sparsetune.space.member import DENSITY_BOUND, Member, Sweep
 from sparsetune.space.space import WORDS, Space
 from sparsetune.store.paths import S3Path, why
 from sparsetune.training import data, models
-from sparsetune.training.setup import (
-    choose_device,
-    layers_of,
-    prepare,
-    update_schedule,
-)
+from sparsetune.training.setup import choose_device, layers_of, prepare, update_schedule
 from sparsetune.training.trainer import begin
 
 Command = Literal["train", "sweep"]

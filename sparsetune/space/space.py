@@ -74,9 +74,8 @@ class Dimension:
             words: dict[str, Any] = {"choices": list(self.choices)}
         else:
             words = {"low": self.low, "high": self.high}
-            words |= ({"log": True} if self.log else {}) | (
-                {"step": self.step} if self.step else {}
-            )
+            words |= {"log": True} if self.log else {}
+            words |= {"step": self.step} if self.step else {}
         when = {key: list(values) for key, values in self.when.items()}
         return words | ({"when": when} if when else {})
 
@@ -250,10 +249,8 @@ def _settings(method: Method, given: Any, place: str, also: tuple[str, ...] = ()
     """Dotted key -> checked value of a `fixed` or a start point."""
     settings: dict[str, Any] = {}
     for short, value in config.flatten(_mapping(given, place)).items():
-        if short.split(".")[0] in also:
-            key = short
-        else:
-            key = keys.canonical(method, short, place.partition(":")[0])
+        known = short.split(".")[0] in also
+        key = short if known else keys.canonical(method, short, place.partition(":")[0])
         _once(key, short, settings, place)
         try:
             settings[key] = keys.check_value(method, key, value)
@@ -352,7 +349,8 @@ def _range(
     place: str, method: Method, key: str, words: dict[str, Any], when: dict[str, tuple[Any, ...]]
 ) -> Dimension:
     if key.startswith("variant."):
-        allowed = _listed(_allowed_words(method, key))
+        words_of = {f"variant.{f.name}": f.metadata for f in dataclasses.fields(method.Variant)}
+        allowed = _listed(words_of[key]["allowed"])
         raise SpaceError(f"{place}: takes words; write choices: [...], of {allowed}")
     for word in ("low", "high", "step"):
         value = words.get(word)
@@ -373,7 +371,8 @@ def _range(
         raise SpaceError(f"{place}: log and step do not go together; leave one of them out")
     if step is not None and not 0 < step <= high - low:
         raise SpaceError(f"{place}: step {step} does not fit {low} to {high}")
-    whole = _takes_whole(key) and all(isinstance(v, int) for v in (low, high, step or 1))
+    takes_whole = key in KEYS and KEYS[key].kind in (int, Any)
+    whole = takes_whole and all(isinstance(v, int) for v in (low, high, step or 1))
     as_type = int if whole else float
     try:
         for value in (low, high):
@@ -383,17 +382,6 @@ def _range(
     return Dimension(
         as_type(low), as_type(high), log, None if step is None else as_type(step), when=when
     )
-
-
-def _takes_whole(key: str) -> bool:
-    return key in KEYS and KEYS[key].kind in (int, Any)
-
-
-def _allowed_words(method: Method, key: str) -> tuple[str, ...]:
-    name = key.removeprefix("variant.")
-    fields = {f.name: f for f in dataclasses.fields(method.Variant)}
-    allowed: tuple[str, ...] = fields[name].metadata["allowed"]
-    return allowed
 
 
 def _checked(space: Space) -> Space:

@@ -19,9 +19,8 @@ class Traits(NamedTuple):
     begins: str  # sparse | dense
     emergent: bool
     reaches_density: bool
-    gradients: list[
-        list[Any]
-    ]  # [words of a variant, never | at_update | always], the default first
+    # [words of a variant, never | at_update | always], the default first
+    gradients: list[list[Any]]
 
     def dense_gradient(self, variant: Mapping[str, Any]) -> str:
         """When gradients of absent weights are needed; words that are left out have the default."""

@@ -70,14 +70,11 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, str):
-        return value if _is_text(key) or _is_plain(value) else json.dumps(value)
+        is_text = key in config.KEYS and config.KEYS[key].kind is str
+        return value if is_text or _is_plain(value) else json.dumps(value)
     if key == "density" and not isinstance(value, (float, int)):
         return ",".join(_text("", number) for number in value)
     return json.dumps(value, separators=(",", ":"), default=_builtin)
-
-
-def _is_text(key: str) -> bool:
-    return key in config.KEYS and config.KEYS[key].kind is str
 
 
 def _is_plain(text: str) -> bool:

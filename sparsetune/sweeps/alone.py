@@ -32,15 +32,11 @@ from sparsetune.training.trainer import Metrics
 
 
 def epochs(
-    settings: TrialSettings,
-    device: str,
-    folder: Path,
-    save_every: int,
-    trouble: Trouble,
+    settings: TrialSettings, device: str, folder: Path, save_every: int, trouble: Trouble
 ) -> Iterator[Metrics]:
     """Records of all epochs of a trial that checkpoints in `folder`; ends early if it diverges.
 
-    `trouble` is told of each OSError of the folder (`files.insist`)."""
+    `trouble` is told of each OSError of the folder (`paths.insist`)."""
     setup = setup_of(settings, device)
     state, records = insist(lambda: checkpoint.restore(setup, folder), trouble)
     yield from records

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Self
 
 from rich.live import Live
@@ -42,12 +41,7 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._console.is_terminal:
             self._live.stop()
 
@@ -83,31 +77,29 @@ class Progress:
     def _epochs_done(self) -> int:
         return sum(len(record.order) for _, record in self._records.values())
 
+    def _trials(self) -> list[journal.Trial]:
+        return [t for _, record in self._records.values() for t in record.trials.values()]
+
+    def _asked(self) -> int:
+        return sum(record.asked for _, record in self._records.values())
+
     def _left(self) -> str:
         """Time left at the pace of this driver; a trial is taken to cost what ended ones did."""
         elapsed = time.monotonic() - self._began
-        done = total = ended = 0
-        for _, record in self._records.values():
-            over = [t for t in record.trials.values() if t.status != "running"]
-            ended += len(over)
-            done += sum(len(trial.reports) for trial in over)
-            total += record.asked
+        ended = [trial for trial in self._trials() if trial.status != "running"]
         epochs = self._epochs_done()
         new = epochs - self._epochs_before
         if not ended or not new:
             return "time left: ?"
-        expected = total * done / ended
+        expected = self._asked() * sum(len(trial.reports) for trial in ended) / len(ended)
         seconds = max(0.0, expected - epochs) * elapsed / new
         return f"time left: about {int(seconds // 60)}:{int(seconds % 60):02d}"
 
     def _line(self) -> str:
-        counts = [
-            (len(record.trials), sum(t.status == "running" for t in record.trials.values()))
-            for _, record in self._records.values()
-        ]
-        asked = sum(record.asked for _, record in self._records.values())
-        begun, running = (sum(column) for column in zip(*counts, strict=True))
-        return f"trials {begun - running}/{asked} done, {running} running; {self._left()}"
+        trials = self._trials()
+        running = sum(trial.status == "running" for trial in trials)
+        done = f"{len(trials) - running}/{self._asked()}"
+        return f"trials {done} done, {running} running; {self._left()}"
 
     def _table(self) -> Table:
         table = Table(box=None, header_style="bold", pad_edge=False)

@@ -18,11 +18,6 @@ from sparsetune.sweeps.tracking import Tracker
 
 
 class Recording:
-    """Sends the journals' events to W&B: what it lacks at the start, then what comes.
-
-    It reads the journals and nothing else, so after any interruption the same code back-fills.
-    """
-
     def __init__(self, members: list[Writable], folder: Path) -> None:
         header = members[0].journal.record.header
         self.tracker = Tracker(members[0].member.settings.wandb, header["sweep_id"], folder)

@@ -27,7 +27,6 @@ PLACES = (
 )  # fmt: skip
 """Settings that no result depends on, so that a sweep may go on elsewhere."""
 ELSEWHERE = "or begin a sweep under another name; warm_start={} makes it try this one's best first"
-Differences = dict[str, tuple[Any, Any]]  # key -> then, now
 
 
 def code(member: Member) -> dict[str, dict[str, str]]:
@@ -46,13 +45,10 @@ def code(member: Member) -> dict[str, dict[str, str]]:
 
 def datasets(members: Iterable[Member]) -> list[Dataset]:
     """Each member's images, which are read once where members share them."""
-    known: dict[str, Dataset] = {}
-    keys = []
-    for settings in (member.settings.data for member in members):
-        keys.append(repr(settings))
-        if keys[-1] not in known:
-            known[keys[-1]] = load_data(settings)
-    return [known[key] for key in keys]
+    settings = [member.settings.data for member in members]
+    different = {repr(own): own for own in settings}
+    loaded = {key: load_data(own) for key, own in different.items()}
+    return [loaded[repr(own)] for own in settings]
 
 
 def check_unchanged(member: Member, header: Event, fingerprint: str) -> None:
@@ -91,10 +87,11 @@ def wider(members: list[Member], settings: Mapping[str, Any], allowed: bool) -> 
 
 
 def _wider(then: Member, now: Member, allowed: bool) -> Space | None:
-    differences = _differences(_described(then), _described(now))
+    old, new = _described(then), _described(now)
+    differences = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if not differences:
         return None
-    lines = [f"  {key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in differences.items()]
+    lines = [f"  {k}: {_shown(old.get(k))} -> {_shown(new.get(k))}" for k in differences]
     about = "\n".join([f"space: '{then.name}' has begun with other settings:", *lines])
     end = f"leave them as they were, {ELSEWHERE.format(then.name.partition('/')[0])}"
     if not all(_widens(key, then.space, now.space) for key in differences):
@@ -110,20 +107,14 @@ def _wider(then: Member, now: Member, allowed: bool) -> Space | None:
 def _described(member: Member) -> dict[str, Any]:
     """Dotted key -> value of all that the search depends on."""
     settings = config.flatten(to_dict(member.settings))
-    described = {k: v for k, v in settings.items() if k not in (*PLACES, "name", "storage")}
-    del described["trials"]
+    without = (*PLACES, "name", "storage", "trials")
+    described = {k: v for k, v in settings.items() if k not in without}
     for key, dimension in member.space.search.items():
         described |= {f"search.{key}.{word}": v for word, v in dimension.to_dict().items()}
     for name, values in member.space.start.items():
         if not name.startswith("warm-"):
             described |= {f"start.{name}.{key}": value for key, value in values.items()}
     return described
-
-
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
-    keys = dict.fromkeys([*then, *now])
-    pairs = {key: (then.get(key), now.get(key)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _widens(key: str, then: Space, now: Space) -> bool:
