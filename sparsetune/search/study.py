@@ -24,8 +24,9 @@ from sparsetune.search.sampler import make_sampler
 from sparsetune.settings import to_dict
 from sparsetune.space.member import Member
 from sparsetune.space.space import Point
-from sparsetune.store.journal import Event, Journal, Record, Trial
+from sparsetune.store.journal import Journal, Record, Trial
 from sparsetune.store.layout import trial_folder
+from sparsetune.store.lines import Event
 
 STATES = {
     "running": TrialState.RUNNING,
