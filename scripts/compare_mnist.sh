@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Seven methods and two controls on MNIST, LeNet-300-100, at three densities: search, confirm, compare.
+# Six methods and three controls on MNIST, LeNet-300-100, at three densities: search, confirm, compare.
 #
 #     bash scripts/compare_mnist.sh FOLDER [key=value ...]
 #

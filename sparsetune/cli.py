@@ -1,4 +1,4 @@
-"""The command line. Each command is one call into the module of its name.
+"""The command line. Each command is one call into one of the rooms below.
 
 The rule to know: what the user got wrong ends with exit status 2 and one message, before anything
 is written or started; everything else that goes wrong is a bug and shows its traceback.

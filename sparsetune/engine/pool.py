@@ -71,7 +71,8 @@ def choose(engine: str, setup: Setup) -> Choice:
     if engine == "auto":
         return _automatic(setup)
     backends = {"solo": Solo, "stacked": Lifted if _on_gpu(setup) else Turns, "csr": Csr}
-    slots = {"solo": 1, "stacked": STACKED_SLOTS, "csr": CSR_SLOTS}
+    stacked = GPU_SLOTS if _on_gpu(setup) else STACKED_SLOTS
+    slots = {"solo": 1, "stacked": stacked, "csr": CSR_SLOTS}
     if why := backends[engine].unfit(setup):
         raise ValueError(f"engine: {engine} cannot train this: {why}; use auto")
     return Choice(engine, backends[engine], slots[engine], "asked for")

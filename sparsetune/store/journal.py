@@ -124,7 +124,7 @@ class Journal:
     """One writer's hold on a journal. `record` is its state and is kept up to date.
 
     `guard` is called before anything is written; what it raises ends the writing. `trouble` is told
-    of each OSError and decides whether to try again (`files.insist`).
+    of each OSError and decides whether to try again (`paths.insist`).
     """
 
     def __init__(self, path: Path, lines: LineFile | Segments, record: Record, seq: int) -> None:

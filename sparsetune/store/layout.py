@@ -1,7 +1,7 @@
 """Where sweeps, their members and trials lie, and what to type for them.
 
 The rule to know: a sweep is a folder of member folders, each with a journal; whoever looks for one
-asks here, and nobody else joins such paths.
+asks here.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
     check_method(METHOD)
 
-The rule to know: it needs torch alone and takes some seconds, whatever the method.
+The rule to know: it needs no Ray and takes some seconds, whatever the method.
 """
 
 from __future__ import annotations

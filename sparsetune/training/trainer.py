@@ -1,10 +1,10 @@
 """Train one trial alone: the reference that every engine backend is tested against.
 
-The rule to know: `prepare` turns settings into a `Setup` that never changes, `begin` makes the
-first `TrialState`, and `train_epoch` maps a state to the next one and its metrics. Nothing passed
-in is changed but `setup.model`'s mode (training or not), which whoever calls the model sets first;
-nothing is drawn from a global generator, and inside an epoch the host waits for the device only at
-topology updates.
+The rule to know: `setup.prepare` turns settings into a `Setup` that never changes, `begin` makes
+the first `TrialState`, and `train_epoch` maps a state to the next one and its metrics. Nothing
+passed in is changed but `setup.model`'s mode (training or not), which whoever calls the model sets
+first; nothing is drawn from a global generator, and inside an epoch the host waits for the device
+only at topology updates.
 """
 
 from __future__ import annotations
