@@ -377,6 +377,15 @@ def check_group(name: str, group: Any) -> None:
         check_value(f"{name}.{field_name}", value)
 
 
+def check_trial(settings: TrialSettings) -> None:
+    """`check_value` of all that a trial has, but of dicts: what they hold is a method's."""
+    for name, value in vars(settings).items():
+        if dataclasses.is_dataclass(value):
+            check_group(name, value)
+        elif not isinstance(value, dict):
+            check_value(name, value)
+
+
 # As dicts -----------------------------------------------------------------------------------------
 
 

@@ -8,16 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from helpers.command import environment, run
 from helpers.told_sweep import confirmed, told
 
 import sparsetune
 from sparsetune.comparison.compare import compare
+from sparsetune.settings import OptimizerSettings, TrainSettings
 from sparsetune.space.config import parse_words
-from sparsetune.space.words import as_words
+from sparsetune.space.words import as_words, storage_folder
 from sparsetune.store import journal
 from sparsetune.store.layout import sweeps
+from sparsetune.store.lines import FILE
+from sparsetune.sweeps import run as sweeping
 from sparsetune.sweeps.launch import Refused
 
 TOY: dict[str, Any] = {
@@ -148,3 +153,83 @@ def test_a_sweep_within_a_running_loop_and_in_a_thread(tmp_path: Path) -> None:
     assert header["argv"][:4] == ["sweep", "static", "name=a", "density=0.2"]
     header = journal.header(tmp_path / "sweeps/a/static@0.2/confirm")
     assert header["argv"] == ["confirm", "a", "seeds=2", "top=1"]
+
+
+def test_what_science_gives_for_numbers_is_taken(tmp_path: Path) -> None:
+    words = as_words(
+        "set",
+        density=np.array([0.1, 0.25]),
+        trials=np.int64(4),
+        device=torch.device("cpu"),
+        warm_start=None,  # says nothing
+        wandb={"entity": None, "tags": ["\N{ROCKET}"]},
+        search={"zeta.high": 0.7, "optimizer": {"lr": {"low": 0.1}}},
+        model={"args": {"folder": tmp_path}},
+    )
+    assert parse_words(words[1:]) == {
+        "density": [0.1, 0.25],
+        "trials": 4,
+        "device": "cpu",
+        "wandb.tags": ["\N{ROCKET}"],
+        "search.zeta.high": 0.7,
+        "search.optimizer.lr.low": 0.1,
+        "model.args.folder": str(tmp_path),
+    }
+    # pathlib makes one slash of two; a folder called "s3:" is nobody's wish.
+    assert str(storage_folder(Path("s3://bucket/sweeps"))) == "s3://bucket/sweeps"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": {"args": {"x": float("nan")}}}, "model.args.x: nan is no setting"),
+        ({"model": {"args": {"x": object()}}}, "model.args.x: <object .* is no setting"),
+        ({"search": 3}, "search"),
+    ],
+)
+def test_what_no_words_can_say_is_a_value_error(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        sparsetune.sweep("set", name="odd", **settings)
+    with pytest.raises(ValueError, match="reads as a setting"):
+        sparsetune.sweep("runs/lr=1/mine.yaml", name="odd")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"train": TrainSettings(precision="bf16")}, "train.precision"),
+        ({"optimizer": OptimizerSettings(name="adam")}, "optimizer.name"),
+        ({"optimizer": OptimizerSettings(lr=-1.0)}, "optimizer.lr"),
+        ({"distribution": "erdos"}, "distribution"),
+        ({"epochs": 0}, "epochs"),
+    ],
+)
+def test_train_refuses_what_a_sweep_would(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{key}: "):
+        sparsetune.train([sparsetune.TrialSettings(**changes)])
+
+
+def test_a_member_alone_is_stopped_as_the_whole_sweep_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = told(
+        tmp_path, ["set", "gmp"], "name=whole", *SETTLED
+    )  # gmp begins dense: no early stopping
+    seen: list[str] = []
+    monkeypatch.setattr(
+        sweeping, "tune", lambda members, stopping, watch: seen.append(stopping.name)
+    )
+    name = f"{folder.name}/set@0.2"
+    assert sparsetune.resume(name, trials=5, storage=tmp_path)["state"] == "interrupted"
+    assert seen == ["none"]
+
+
+def test_a_cluster_that_does_not_answer_leaves_the_journals_alone(tmp_path: Path) -> None:
+    folder = told(tmp_path, ["static"], "name=alone", *SETTLED)
+    before = {path: path.read_bytes() for path in folder.rglob(FILE)}
+    nowhere: dict[str, Any] = {"storage": tmp_path, "ray": {"address": "127.0.0.1:9"}}
+    with pytest.raises(Refused, match="no cluster answers"):
+        sparsetune.resume(folder.name, trials=9, **nowhere)
+    with pytest.raises(Refused, match="no cluster answers"):
+        sparsetune.confirm(folder.name, seeds=2, **nowhere)
+    assert {path: path.read_bytes() for path in folder.rglob(FILE)} == before

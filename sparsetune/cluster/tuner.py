@@ -140,12 +140,15 @@ def _open_trials(studies: list[MemberStudy]) -> int:
 @contextmanager
 def _ray(address: str, runtime_env: dict[str, Any]) -> Iterator[None]:
     """Within it this process uses the cluster at `address`, or else a Ray of its own."""
-    os.environ.update(QUIET)
     # Ray prints a warning at four times as many processes as it starts at once.
     at_once = max(os.cpu_count() or 1, PROCESSES // 4)
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(at_once))
+    ours = {"RAY_worker_maximum_startup_concurrency": str(at_once)} | os.environ | QUIET
+    theirs = dict(os.environ)  # of a notebook, say, that has a Tuner of its own besides
+    os.environ.update(ours)
     # What failed is tried again, or told at the end; Tune would print its traceback each time.
-    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("ray.tune.execution.tune_controller")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     import ray
 
     try:
@@ -168,6 +171,10 @@ def _ray(address: str, runtime_env: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        logger.setLevel(level)
+        for key in ours.keys() - theirs.keys():
+            os.environ.pop(key, None)
+        os.environ.update({key: theirs[key] for key in QUIET if key in theirs})
 
 
 def _tuner(

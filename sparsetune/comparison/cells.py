@@ -18,7 +18,7 @@ from sparsetune.comparison import intervals, winners
 from sparsetune.comparison.values import SLACK, Cell, Line, State, Tuning, called
 from sparsetune.comparison.winners import DENSITY_METRIC, Role, role, seed_of
 from sparsetune.settings import TrialSettings
-from sparsetune.space.member import Member, Scheduling, load_member, scheduling
+from sparsetune.space.member import Member, Scheduling, load_member, scheduling_of
 from sparsetune.space.networks import network_of
 from sparsetune.store import journal
 from sparsetune.store.journal import ENDED, Record, Trial
@@ -113,10 +113,7 @@ class Source:
 
 def sources(storage: Path, name: str) -> list[Source]:
     """Of a sweep, or of one member: one for each density at which it was confirmed."""
-    # A member's scheduling follows from all members of its sweep, named here or not.
-    everybody = member_folders(storage, name.partition("/")[0])
-    headers = [journal.header(folder)["member"] for folder in everybody]
-    stopping = scheduling([Member.from_header(header) for header in headers])
+    stopping = scheduling_of(storage / name.partition("/")[0])
     made = []
     for folder in member_folders(storage, name):
         member, record = load_member(folder)

@@ -7,6 +7,8 @@ The rule to know: a ranking is printed only where no rule that forbids one is br
 from __future__ import annotations
 
 import itertools
+import re
+import shlex
 import statistics
 from collections.abc import Iterable
 from dataclasses import replace
@@ -155,7 +157,7 @@ def _about(compared: list[Source]) -> dict[str, Any]:
     return {
         "versions": different("versions"),
         "hardware": different("hardware"),
-        "commands": [" ".join(["sparsetune", *argv]) for argv in different("argv")],
+        "commands": [" ".join(["sparsetune", *map(_typed, argv)]) for argv in different("argv")],
         "network": first.model.name if first.model.name != "mlp" else f"mlp {first.model.widths}",
         "data": first.data.name,
         "epochs": first.epochs,
@@ -165,3 +167,8 @@ def _about(compared: list[Source]) -> dict[str, Any]:
         "spaces": {source.cell.name: source.member.space.to_dict() for source in compared},
         "newest": max(ends, default=0.0),
     }
+
+
+def _typed(word: str) -> str:
+    """As a shell takes it."""
+    return shlex.quote(word) if re.search(r"[\s\"'$]", word) else word

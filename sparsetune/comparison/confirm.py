@@ -272,7 +272,8 @@ def begun(
     """The confirmations of a finished sweep, or of one member, ours to write until the end.
 
     `wanted`: where runs are trained, for this time alone, and whether failed ones are tried again.
-    A new one's journals keep the `words`. ValueError for what cannot be confirmed as is asked.
+    A new one's journals keep the `words`. ValueError for what cannot be confirmed as is asked,
+    ClusterError as in `sweeps.create.opened`.
     """
     with ExitStack() as stack:
         here = dataclasses.replace(wanted, retry_failed=False)
@@ -291,6 +292,7 @@ def begun(
         able = [(search, plan) for search, plan in planned if plan["candidates"]]
         if not able:
             raise ValueError(f"confirm: there is no trial of {name} that could be confirmed")
+        check_cluster(searches[0].member.settings.ray, searches[0].folder.parent)
         confirmations = [_begin(search, plan, asked, [*words], stack) for search, plan in able]
         for confirmation in confirmations if wanted.retry_failed else ():
             _retry(confirmation)
@@ -323,9 +325,7 @@ def _retry(confirmation: Confirmation) -> None:
 
 def run(confirmations: list[Confirmation]) -> dict[str, Any]:
     """Trains the runs that are missing, reads what is to be tested; prints and returns what came
-    of it. ClusterError as in `sweeps.run`."""
-    first = confirmations[0].search
-    check_cluster(first.member.settings.ray, first.folder.parent)
+    of it."""
     note_driver([confirmation.runs for confirmation in confirmations])
     recording = _Recording(confirmations)
     with Progress({c.runs.member.name: (None, c.record) for c in confirmations}) as bar:
@@ -358,12 +358,15 @@ def command(confirmations: list[Confirmation]) -> str:
 def _extend(confirmation: Confirmation) -> bool:
     """Has the confirmation runs to train? Those that are known by now are asked for."""
     record = confirmation.record
-    while (num := len(_wanted(confirmation))) < record.asked and None not in confirmation.winners:
+    if "num_seeds" not in confirmation.header and None not in confirmation.winners:
         # Journals of version 0.1.0 say how many runs were asked for, and not of how many seeds.
-        confirmation.set_seeds(confirmation.num_seeds + 1)
+        while len(_wanted(confirmation)) < record.asked:
+            confirmation.set_seeds(confirmation.num_seeds + 1)
+    num = len(_wanted(confirmation))
     if num > record.asked:
         confirmation.runs.journal.append({"type": "extend", "trials": num})
-    return not is_done(record)
+    running = any(run.status == "running" for run in record.trials.values())
+    return running or len(record.trials) < num
 
 
 def read_tests(confirmation: Confirmation, watch: Watch) -> None:

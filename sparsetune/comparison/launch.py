@@ -24,7 +24,7 @@ def confirm(
     top: int | None = None,
     full: bool | None = None,
     multiplier: int = 1,
-    density: float | Sequence[float] = (),
+    density: float | Sequence[float] | None = None,
     storage: str | Path | None = None,
     retry_failed: bool = False,
     **settings: Any,
@@ -36,7 +36,7 @@ def confirm(
     setting that won. ValueError for what cannot be confirmed, before Ray starts.
     """
     asked: dict[str, Any] = {"seeds": seeds, "top": top, "full": full, "storage": storage}
-    asked |= {"multiplier": None if multiplier == 1 else multiplier, "density": density or None}
+    asked |= {"multiplier": None if multiplier == 1 else multiplier, "density": density}
     return carry_out(as_words(name, **said(asked), **settings), retry_failed)
 
 

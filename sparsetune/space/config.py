@@ -338,6 +338,8 @@ def check_name(name: str) -> None:
 
 def storage_folder(storage: str) -> Path:
     """The folder (or the s3:// prefix) that holds sweeps; ValueError for what can be none."""
+    if storage.startswith("s3:/") and not storage.startswith(SCHEME):  # pathlib's one slash of two
+        storage = SCHEME + storage.removeprefix("s3:/")
     if storage.startswith(SCHEME) and storage[len(SCHEME) :].strip("/"):
         return place(storage.rstrip("/"))
     if "://" in storage:

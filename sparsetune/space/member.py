@@ -20,6 +20,7 @@ from sparsetune.space.space import Space
 from sparsetune.space.traits import Traits, traits_of
 from sparsetune.store import journal
 from sparsetune.store.journal import Record
+from sparsetune.store.layout import member_folders
 
 DENSITY_BOUND = "constraint.density/all"
 
@@ -143,6 +144,12 @@ def scheduling(members: Sequence[Member]) -> Scheduling:
         reason = f"none, because {why}" if why else "ASHA, the default"
     grace = chosen.grace or config.quarter_of(settings.epochs)
     return Scheduling(name, grace, chosen.reduction, reason)
+
+
+def scheduling_of(sweep: Path) -> Scheduling:
+    """Early stopping of the sweep in this folder, whichever of its members are asked for."""
+    folders = member_folders(sweep.parent, sweep.name)
+    return scheduling([Member.from_header(journal.header(path)["member"]) for path in folders])
 
 
 def _against_asha(members: Sequence[Member]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,50 @@ def as_words(*names: str | Path, **settings: Any) -> list[str]:
     Settings may be nested or dotted, `**{"search.zeta.low": 0.1}`.
     """
     values = config.flatten(settings)
-    for key, limits in values.pop("search", {}).items():
-        values |= {f"search.{key}.{word}": value for word, value in limits.items()}
-    return [*map(str, names), *(f"{key}={_text(key, value)}" for key, value in values.items())]
+    values |= dict(_ranges("search", values.pop("search", None) or {}))
+    words = [
+        f"{key}={_text(key, value)}"
+        for key, value in values.items()
+        if value is not None or not _is_text(key)  # where text is asked for, None says nothing
+    ]
+    named = [str(Path(name).expanduser()) if "/" in str(name) else str(name) for name in names]
+    for name in named:
+        if "=" in name:
+            raise ValueError(f"'{name}' reads as a setting; a space's path must be without '='")
+    return named + words
+
+
+def _ranges(key: str, words: Any) -> Iterator[tuple[str, Any]]:
+    """("search.zeta.low", 0.1) and so on, of mappings in mappings or dotted keys."""
+    if not isinstance(words, Mapping):
+        yield key, words
+        return
+    for word, value in words.items():
+        yield from _ranges(f"{key}.{word}", value)
 
 
 def _text(key: str, value: Any) -> str:
-    if isinstance(value, Path):
+    if hasattr(value, "tolist"):  # numpy's
+        value = value.tolist()
+    is_text = _is_text(key)
+    if isinstance(value, Path) or (is_text and not isinstance(value, bool | int | float)):
         value = str(value)
     if isinstance(value, str):
-        is_text = key in config.KEYS and config.KEYS[key].kind is str
-        return value if is_text or _is_plain(value) else json.dumps(value)
-    if key == "density" and not isinstance(value, (float, int)):
+        return value if is_text or _is_plain(value) else json.dumps(value, ensure_ascii=False)
+    if key == "density" and isinstance(value, Iterable):
         return ",".join(_text("", number) for number in value)
-    return json.dumps(value, separators=(",", ":"), default=_builtin)
+    try:
+        return json.dumps(
+            value, separators=(",", ":"), default=_builtin, ensure_ascii=False, allow_nan=False
+        )
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{key}: {value!r} is no setting; give finite numbers, words, lists or dicts of them"
+        ) from None
+
+
+def _is_text(key: str) -> bool:
+    return key in config.KEYS and config.KEYS[key].kind is str
 
 
 def _is_plain(text: str) -> bool:
@@ -84,7 +114,9 @@ def _is_plain(text: str) -> bool:
 
 
 def _builtin(value: Any) -> Any:
-    """What json does not know: numpy's numbers and arrays, other mappings, ranges, sets."""
+    """What json does not know: numpy's numbers and arrays, paths, other mappings, ranges, sets."""
     if hasattr(value, "tolist"):
         return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
     return dict(value) if isinstance(value, Mapping) else list(value)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsetune.cluster.tuner import check_cluster
 from sparsetune.machine import hardware, versions
 from sparsetune.space import config, networks
 from sparsetune.space.member import Member, Sweep
@@ -26,6 +27,7 @@ from sparsetune.store.lines import Event, exists, home
 from sparsetune.store.lock import SweepLock
 from sparsetune.store.paths import S3Path
 from sparsetune.sweeps import unchanged
+from sparsetune.sweeps.status import is_done
 
 
 @dataclass
@@ -70,8 +72,10 @@ def created(sweep: Sweep, command: str, words: Sequence[str]) -> Iterator[list[W
                 raise ValueError(taken)
             journals = _create(folder, dict(reversed(headers.items())), stack)
         else:
-            journals = _create_at_once(folder, headers, taken, stack)
-            lock = stack.enter_context(SweepLock(folder))
+            with ExitStack() as closing:
+                journals = _create_at_once(folder, headers, taken, closing)
+                lock = stack.enter_context(SweepLock(folder))
+                stack.push(closing.pop_all())  # journals are closed before the lock is let go
         for journal in journals.values():
             journal.guard = lock.check
         yield [Writable(member, journals[member_stem(member)]) for member in sweep.members]
@@ -169,7 +173,8 @@ class Extension:
 def opened(storage: Path, name: str, wanted: Extension | None = None) -> Iterator[list[Writable]]:
     """The members of sweep `name`, or one member, ours to write until the end of the `with`.
 
-    ValueError, before anything is written, where they cannot go on as is `wanted`.
+    ValueError, before anything is written, where they cannot go on as is `wanted`, and
+    ClusterError where the Ray that would train them cannot be used.
     """
     wanted = wanted or Extension()
     folders = member_folders(storage, name)
@@ -181,7 +186,13 @@ def opened(storage: Path, name: str, wanted: Extension | None = None) -> Iterato
             journal.guard = lock.check
             stack.callback(journal.close)
             journals.append(journal)
-        _extend([_placed(journal, wanted.places) for journal in journals], wanted)
+        members = [_placed(journal, wanted.places) for journal in journals]
+        more = wanted.trials is not None or wanted.retry_failed
+        if members[0].record.header["command"] == "sweep" and (
+            more or not all(is_done(journal.record) for journal in journals)
+        ):
+            check_cluster(members[0].member.settings.ray, folders[0].parent)
+        _extend(members, wanted)
         yield [_placed(journal, wanted.places) for journal in journals]
 
 

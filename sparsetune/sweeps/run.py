@@ -22,7 +22,7 @@ from sparsetune.cluster.watch import Watch
 from sparsetune.engine.pool import Choice, structure
 from sparsetune.search.study import MemberStudy
 from sparsetune.settings import to_dict
-from sparsetune.space.member import Scheduling, scheduling
+from sparsetune.space.member import Scheduling, scheduling_of
 from sparsetune.space.resolve import engine_choice
 from sparsetune.space.space import Point
 from sparsetune.store.layout import resume_command
@@ -53,7 +53,7 @@ def run(members: list[Writable]) -> dict[str, Any]:
         if command == "train":
             train_alone(members[0], watch, progress)
         elif not _all_done(members):
-            tune(members, scheduling([writable.member for writable in members]), watch)
+            tune(members, scheduling_of(folder), watch)
     recording.send(last=True)
     return _close(folder, members, recording)
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from sparsetune.methods import Method, find
 from sparsetune.methods.contract import Shapes, UpdateSchedule, make_hyperparameters, make_variant
 from sparsetune.methods.distribution import counts, split_layers, total_for
-from sparsetune.settings import DataSettings, TrialSettings, check_group, check_value, from_dict
+from sparsetune.settings import (
+    DataSettings,
+    TrialSettings,
+    check_group,
+    check_trial,
+    check_value,
+    from_dict,
+)
 from sparsetune.training import data, models, optim
 from sparsetune.training.flops import forward_flops
 
@@ -136,6 +143,7 @@ def prepare(
     settings: TrialSettings, device: torch.device, dataset: data.Dataset | None = None
 ) -> Setup:
     """The setup of a trial; `dataset` where it is loaded already. ValueError for bad settings."""
+    check_trial(settings)
     method = find(settings.method)
     variant = make_variant(method, settings.variant)
     if dataset is None:
