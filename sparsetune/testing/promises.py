@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from sparsetune.engine.csr.backend import Csr, unfit
+from sparsetune.engine.csr.backend import Csr
 from sparsetune.engine.pool import Backend
 from sparsetune.engine.solo import Solo
 from sparsetune.methods.contract import Growth, Method, make_hyperparameters, make_variant
@@ -375,7 +375,7 @@ def training_goes_on_from_a_checkpoint(method: Method, words: Words) -> None:
         return  # the defaults, and each other word beside them
     setup = _setup(method, words)
     ends: list[tuple[TrialState, Metrics]] = []
-    backends: list[Backend] = [Solo(1), Solo(1), *([] if unfit(setup) else [Csr(1)])]
+    backends: list[Backend] = [Solo(1), Solo(1), *([] if Csr.unfit(setup) else [Csr(1)])]
     for backend in backends:
         backend.attach(0, setup, None)
         for epoch in range(3):
