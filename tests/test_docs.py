@@ -205,8 +205,9 @@ def invoke(words: list[str]) -> str:
 def untrained() -> Iterator[None]:
     """Commands do all that they do before training, and end as if nothing had been missing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsetune.sweeps.run.run", lambda members: 0)
-        patch.setattr("sparsetune.comparison.confirm.run", lambda confirmations: 0)
+        done = {"state": "finished", "members": []}
+        patch.setattr("sparsetune.sweeps.run.run", lambda members: done)
+        patch.setattr("sparsetune.comparison.launch.run", lambda confirmations: done)
         yield
 
 
