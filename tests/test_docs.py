@@ -207,7 +207,7 @@ def untrained() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         done = {"state": "finished", "members": []}
         patch.setattr("sparsetune.sweeps.run.run", lambda members: done)
-        patch.setattr("sparsetune.comparison.launch.run", lambda confirmations: done)
+        patch.setattr("sparsetune.comparison.confirm.run", lambda confirmations: done)
         yield
 
 
@@ -256,7 +256,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SPARSETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setenv("TUNE_RESULT_DIR", str(tmp_path / "ray_results"))
+    monkeypatch.setenv("HOME", str(tmp_path))  # Tune writes to ~/ray_results
     monkeypatch.setattr(os, "fsync", lambda file: None)  # nobody pulls the plug here
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -152,29 +152,29 @@ def _ray(address: str, runtime_env: dict[str, Any]) -> Iterator[None]:
     import ray
 
     try:
-        ray.init(
-            address=address or "local",  # plain init joins a dead cluster's stale address
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=None if address else False,
-            runtime_env=runtime_env or None,
-        )
-    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-        if not address:
-            raise
-        raise ClusterError(
-            f"ray.address: the cluster at '{address}' answers, but cannot be used from here "
-            f"({' '.join(str(error).split())[:500]}); start sweeps on one of its nodes, or by "
-            "`ray job submit`"
-        ) from error
-    try:
+        try:
+            ray.init(
+                address=address or "local",  # plain init joins a dead cluster's stale address
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=None if address else False,
+                runtime_env=runtime_env or None,
+            )
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            if not address:
+                raise
+            raise ClusterError(
+                f"ray.address: the cluster at '{address}' answers, but cannot be used from here "
+                f"({' '.join(str(error).split())[:500]}); start sweeps on one of its nodes, or by "
+                "`ray job submit`"
+            ) from error
         yield
     finally:
         ray.shutdown()
         logger.setLevel(level)
-        for key in ours.keys() - theirs.keys():
-            os.environ.pop(key, None)
-        os.environ.update({key: theirs[key] for key in QUIET if key in theirs})
+        for key in [key for key in os.environ if key.startswith(("RAY_", "TUNE_"))]:
+            del os.environ[key]  # Tune leaves some of its own and complains of them the next time
+        os.environ.update({key: value for key, value in theirs.items() if key not in os.environ})
 
 
 def _tuner(
