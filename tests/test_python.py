@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from helpers.command import environment, run
 from helpers.told_sweep import confirmed, told
 
 import sparsetune
+from sparsetune.cluster import tuner
 from sparsetune.comparison.compare import compare
 from sparsetune.settings import OptimizerSettings, TrainSettings
 from sparsetune.space.config import parse_words
@@ -233,3 +236,26 @@ def test_a_cluster_that_does_not_answer_leaves_the_journals_alone(tmp_path: Path
     with pytest.raises(Refused, match="no cluster answers"):
         sparsetune.confirm(folder.name, seeds=2, **nowhere)
     assert {path: path.read_bytes() for path in folder.rglob(FILE)} == before
+
+
+def test_a_ray_of_our_own_that_missed_its_time_limit_is_started_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    errors = [RuntimeError("Timed out waiting for file gcs_server_port"), None, RuntimeError("no")]
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+    def init(**_: Any) -> None:
+        if error := errors.pop(0):
+            raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "theirs")
+    monkeypatch.delenv("TUNE_GLOBAL_CHECKPOINT_S", raising=False)
+    with tuner._ray("", {}):
+        assert os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] == "0"
+        assert "TUNE_GLOBAL_CHECKPOINT_S" in os.environ
+    assert os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] == "theirs"
+    assert "TUNE_GLOBAL_CHECKPOINT_S" not in os.environ
+    with pytest.raises(RuntimeError, match="no"), tuner._ray("", {}):
+        pass
+    assert errors == []

@@ -153,13 +153,7 @@ def _ray(address: str, runtime_env: dict[str, Any]) -> Iterator[None]:
 
     try:
         try:
-            ray.init(
-                address=address or "local",  # plain init joins a dead cluster's stale address
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=None if address else False,
-                runtime_env=runtime_env or None,
-            )
+            _start(address, runtime_env)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
             if not address:
                 raise
@@ -175,6 +169,28 @@ def _ray(address: str, runtime_env: dict[str, Any]) -> Iterator[None]:
         for key in [key for key in os.environ if key.startswith(("RAY_", "TUNE_"))]:
             del os.environ[key]  # Tune leaves some of its own and complains of them the next time
         os.environ.update({key: value for key, value in theirs.items() if key not in os.environ})
+
+
+def _start(address: str, runtime_env: dict[str, Any]) -> None:
+    import ray
+
+    def init() -> None:
+        ray.init(
+            address=address or "local",  # plain init joins a dead cluster's stale address
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if address else False,
+            runtime_env=runtime_env or None,
+        )
+
+    try:
+        init()
+    except RuntimeError as error:
+        # On a busy machine a Ray of our own now and then misses its own time limit for starting.
+        if address or "Timed out" not in str(error):
+            raise
+        ray.shutdown()
+        init()
 
 
 def _tuner(
