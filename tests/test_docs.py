@@ -31,6 +31,7 @@ import re
 import shlex
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import tomllib
@@ -266,6 +267,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         images, labels = chance.integers(0, 256, (num, 28, 28)), np.arange(num) % 10
         idx(tmp_path / f"FOLDER/{stem}-images-idx3-ubyte.gz", images)
         idx(tmp_path / f"FOLDER/{stem}-labels-idx1-ubyte.gz", labels)
+    for name in ("mydata", "mynet", "mymethod", "mest"):  # of other tests of this process
+        sys.modules.pop(name, None)
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -292,9 +295,18 @@ def test_what_a_page_says_can_be_done(name: str, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_page_trains_trains(name: str, folder: Path) -> None:
+    """Each page in a process of its own, as its reader has one."""
     if not any(block.slow for block in blocks(ROOT / name)):
         pytest.skip("nothing here starts Ray")
-    follow(ROOT / name, True, folder)
+    if "PAGE_ALONE" in os.environ:
+        follow(ROOT / name, True, folder)
+        return
+    test = f"{__file__}::test_what_a_page_trains_trains[{name}]"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "slow", "-p", "no:cacheprovider", test],
+        cwd=ROOT, env=os.environ | {"PAGE_ALONE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_wrong_option_or_key_is_noticed(folder: Path) -> None:

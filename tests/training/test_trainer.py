@@ -530,7 +530,7 @@ def test_gmp_ends_at_its_density_whatever_the_number_of_steps(epochs: int) -> No
     # Stop .7 of 4, 12, 20 or 28 steps is 2.8, 8.4, 14 or 19.6.
     settings = trial("gmp", epochs=epochs, density=0.05)
     settings.update = UpdateSettings(every=100, stop=0.7)
-    settings.optimizer.lr = 0.0
+    settings.optimizer.lr = 1e-30
     settings.model = ModelSettings(name="mlp", widths=[300, 100])
     states, rows = trained(settings)
     # .05 * (64 * 300 + 300 * 100 + 100 * 4) = .05 * 49600 = 960 + 1500 + 20
